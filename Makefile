@@ -1,0 +1,42 @@
+# make install | demo | test | clean. Everything lives in .venv; versions come from constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+# the variables hold the build's own environment to the same versions (which of them is read depends on pip's age)
+PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+               $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt README.md LICENSE \
+           $(shell find src native -name __pycache__ -prune -o -print 2>/dev/null)
+
+.PHONY: install demo test clean
+
+install: .venv/installed
+
+demo: install
+	@$(BIN)/monosem run --out runs/demo
+
+test: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/installed: $(SOURCES) | $(BIN)/pip
+	@echo "installing monosem into .venv (the first time takes a few minutes)" >&2
+	@$(PIP_INSTALL) .
+	@touch $@
+
+.venv/installed-dev: $(SOURCES) | $(BIN)/pip
+	@echo "installing monosem[dev] into .venv (the first time takes a few minutes)" >&2
+	@$(PIP_INSTALL) ".[dev]"
+	@touch $@ .venv/installed
+
+$(BIN)/pip:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "$(PYTHON) not found: install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than Python 3.11: name a newer one, e.g. make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv

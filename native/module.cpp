@@ -1,0 +1,199 @@
+// Python's door: arrays come in through DLPack, shapes are checked here, nothing is copied or converted.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "step.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using Matrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Vector = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Indices = nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Counts = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Mask = nb::ndarray<bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using WeightsArrays = nb::typed<nb::tuple, Matrix, Vector, Matrix, Vector>;
+
+[[noreturn]] void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
+
+template <class Array>
+Array cast(nb::handle h) {
+  return nb::cast<Array>(h, /* convert */ false);
+}
+
+/// The four arrays of a monosem.types.Weights, all of the shapes that `shape` says.
+monosem::Weights weights(nb::tuple t, const monosem::Shape& shape) {
+  const auto encoder = cast<Matrix>(t[0]), decoder = cast<Matrix>(t[2]);
+  const auto latent_bias = cast<Vector>(t[1]), pre_bias = cast<Vector>(t[3]);
+  const size_t n = static_cast<size_t>(shape.n_latents), d = static_cast<size_t>(shape.d_model);
+  if (encoder.shape(0) != n || encoder.shape(1) != d || decoder.shape(0) != n || decoder.shape(1) != d ||
+      latent_bias.shape(0) != n || pre_bias.shape(0) != d)
+    refuse("weights must be encoder [n, d], latent_bias [n], decoder [n, d], pre_bias [d] with one n and one d");
+  return {encoder.data(), latent_bias.data(), decoder.data(), pre_bias.data()};
+}
+
+monosem::Shape shape_of(nb::tuple t, size_t batch) {
+  const auto encoder = cast<Matrix>(t[0]);
+  if (encoder.shape(0) > std::numeric_limits<int32_t>::max() || batch > std::numeric_limits<int32_t>::max())
+    refuse("n_latents and the batch must be below 2^31");
+  return {static_cast<int64_t>(batch), static_cast<int64_t>(encoder.shape(1)), static_cast<int64_t>(encoder.shape(0))};
+}
+
+monosem::Weights optional_weights(nb::object t, const monosem::Shape& shape) {
+  return t.is_none() ? monosem::Weights{} : weights(nb::cast<nb::tuple>(t), shape);
+}
+
+monosem::Precision precision_named(const std::string& name) {
+  const bool low = name == "bf16" || name == "auto";
+  return low && monosem::level().has_bf16 ? monosem::Precision::bf16 : monosem::Precision::fp32;
+}
+
+monosem::Shape batch_shape(nb::tuple t, const Matrix& x) {
+  const monosem::Shape shape = shape_of(t, x.shape(0));
+  if (static_cast<int64_t>(x.shape(1)) != shape.d_model) refuse("x must be [batch, d_model] with the weights' d_model");
+  return shape;
+}
+
+nb::dict as_dict(const monosem::RowsStats& stats) {
+  nb::dict d;
+  d["n_rescored"] = stats.n_rescored;
+  d["n_saturated"] = stats.n_saturated;
+  return d;
+}
+
+nb::dict topk_encode(Matrix x, nb::tuple w, int64_t k, const std::string& precision, Indices index, Matrix value) {
+  const monosem::Shape shape = batch_shape(w, x);
+  const monosem::Weights arrays = weights(w, shape);
+  if (k < 1 || k > shape.n_latents) refuse("k must be between 1 and n_latents");
+  const size_t batch = x.shape(0), width = static_cast<size_t>(k);
+  if (index.shape(0) != batch || index.shape(1) != width || value.shape(0) != batch || value.shape(1) != width)
+    refuse("index and value must be [batch, k]");
+  monosem::RowsStats stats;
+  {
+    nb::gil_scoped_release release;
+    stats = monosem::topk_encode(shape, arrays, x.data(), precision_named(precision), k, index.data(), value.data());
+  }
+  return as_dict(stats);
+}
+
+void decode(Indices index, Matrix value, nb::tuple w, Matrix recons) {
+  const monosem::Shape shape = batch_shape(w, recons);
+  const monosem::Weights arrays = weights(w, shape);
+  if (index.shape(0) != recons.shape(0) || value.shape(0) != recons.shape(0) || index.shape(1) != value.shape(1))
+    refuse("indices and values must be [batch, k] with one batch and one k");
+  for (size_t j = 0; j < index.size(); ++j)
+    if (index.data()[j] < 0 || index.data()[j] >= shape.n_latents)
+      refuse("index " + std::to_string(index.data()[j]) + " is outside 0.." + std::to_string(shape.n_latents - 1));
+  nb::gil_scoped_release release;
+  monosem::decode(shape, arrays, index.data(), value.data(), static_cast<int64_t>(index.shape(1)), recons.data());
+}
+
+/// The arguments that topk_gradients and topk_step share, checked.
+struct StepArguments {
+  monosem::Shape shape;
+  monosem::Weights weights;
+  monosem::Loss loss;
+
+  StepArguments(const Matrix& x, nb::tuple w, const Mask& dead, const Counts& n_fired, monosem::Loss l)
+      : shape(batch_shape(w, x)), weights(::weights(w, shape)), loss(l) {
+    if (loss.k < 1 || loss.k > shape.n_latents) refuse("k must be between 1 and n_latents");
+    if (loss.auxk < 0) refuse("auxk must not be negative");
+    if (shape.batch < 1) refuse("the batch is empty; give at least one row");
+    const size_t n = static_cast<size_t>(shape.n_latents);
+    if (dead.shape(0) != n || n_fired.shape(0) != n) refuse("dead and n_fired must be [n_latents]");
+  }
+};
+
+nb::tuple as_tuple(const monosem::Terms& t) {
+  return nb::make_tuple(t.mse, t.auxiliary, t.auxk_dropped, t.n_active, as_dict(t.stats));
+}
+
+nb::tuple topk_gradients(Matrix x, nb::tuple w, Mask dead, int64_t k, double mse_scale, int64_t auxk, double auxk_coef,
+                         const std::string& precision, Counts n_fired, nb::tuple gradients) {
+  const StepArguments a(x, w, dead, n_fired, {k, mse_scale, auxk, auxk_coef});
+  const monosem::Weights out = weights(gradients, a.shape);
+  monosem::Terms terms;
+  {
+    nb::gil_scoped_release release;
+    terms = monosem::topk_gradients(a.shape, a.weights, x.data(), precision_named(precision), a.loss, dead.data(), out,
+                                    n_fired.data());
+  }
+  return as_tuple(terms);
+}
+
+nb::tuple topk_step(Matrix x, nb::tuple w, Mask dead, int64_t k, double mse_scale, int64_t auxk, double auxk_coef,
+                    const std::string& precision, Counts n_fired, nb::tuple first, nb::tuple second, nb::object average,
+                    int64_t step, double lr, double ema, double beta1, double beta2, double epsilon) {
+  const StepArguments a(x, w, dead, n_fired, {k, mse_scale, auxk, auxk_coef});
+  const monosem::Weights m = weights(first, a.shape), v = weights(second, a.shape);
+  const monosem::Weights mean = optional_weights(average, a.shape);
+  monosem::StepResult result;
+  {
+    nb::gil_scoped_release release;
+    result = monosem::topk_step(a.shape, a.weights, x.data(), precision_named(precision), a.loss, dead.data(),
+                                n_fired.data(), m, v, mean,
+                                {step, lr, ema, std::numeric_limits<double>::infinity(), beta1, beta2, epsilon});
+  }
+  return nb::make_tuple(as_tuple(result.terms), result.norm);
+}
+
+double apply_update(nb::tuple w, nb::tuple gradients, nb::tuple first, nb::tuple second, nb::object average, int64_t step,
+                    double lr, double ema, double beta1, double beta2, double epsilon, double clip_norm) {
+  const monosem::Shape shape = shape_of(w, 0);
+  const monosem::Weights arrays = weights(w, shape), g = weights(gradients, shape), m = weights(first, shape);
+  const monosem::Weights v = weights(second, shape);
+  const monosem::Weights a = optional_weights(average, shape);
+  nb::gil_scoped_release release;
+  return monosem::apply_update(shape, arrays, g, m, v, a, {step, lr, ema, clip_norm, beta1, beta2, epsilon});
+}
+
+nb::dict timings() {
+  const monosem::Times& t = monosem::last_times();
+  nb::dict d;
+  d["pack"] = t.pack;
+  d["rows"] = t.rows;
+  d["group"] = t.group;
+  d["latents"] = t.latents;
+  return d;
+}
+
+std::vector<std::string> levels() {
+  std::vector<std::string> names;
+  for (const char* const* name = monosem::level_names(); *name; ++name) names.emplace_back(*name);
+  return names;
+}
+
+void set_level(const std::string& name) {
+  if (monosem::set_level(name.c_str())) return;
+  std::string known = "auto";
+  for (const std::string& n : levels()) known += ", " + n;
+  refuse("level is '" + name + "'; this machine has " + known);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.def("topk_encode", &topk_encode, "x"_a, "weights"_a, "k"_a, "precision"_a, "index"_a, "value"_a);
+  m.def("decode", &decode, "index"_a, "value"_a, "weights"_a, "recons"_a);
+  m.def("topk_gradients", &topk_gradients, "x"_a, "weights"_a, "dead"_a, "k"_a, "mse_scale"_a, "auxk"_a, "auxk_coef"_a,
+        "precision"_a, "n_fired"_a, "gradients"_a);
+  m.def("topk_step", &topk_step, "x"_a, "weights"_a, "dead"_a, "k"_a, "mse_scale"_a, "auxk"_a, "auxk_coef"_a,
+        "precision"_a, "n_fired"_a, "first"_a, "second"_a, "average"_a.none(), "step"_a, "lr"_a, "ema"_a, "beta1"_a,
+        "beta2"_a, "epsilon"_a);
+  m.def("apply_update", &apply_update, "weights"_a, "gradients"_a, "first"_a, "second"_a, "average"_a.none(), "step"_a,
+        "lr"_a, "ema"_a, "beta1"_a, "beta2"_a, "epsilon"_a, "clip_norm"_a);
+  m.def("level", [] { return std::string(monosem::level().name); }, "The dispatch level in use.");
+  m.def("levels", &levels, "The dispatch levels of this machine, best first.");
+  m.def("set_level", &set_level, "name"_a, "Forces a dispatch level; 'auto' undoes it.");
+  m.def("timings", &timings, "Milliseconds of the parts of this thread's last call.");
+  m.def("fill_workspace", &monosem::fill_workspace, "byte"_a, "Overwrites the scratch memory of this thread.");
+  m.def("release_workspace", &monosem::release_workspace, "Frees the scratch memory of this thread.");
+}

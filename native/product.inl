@@ -1,0 +1,88 @@
+// The dense product rows x latents, tile by tile, in one of several precisions.
+//
+// A packed row is `steps` 32-bit words: one float (fp32), two bf16 or four int8 along D. Rows of x are packed into tiles
+// of kTileRows, latents into panels of kPanel = 2 kLanes, both step by step, so that the inner loop reads forward only.
+// A product offers
+//     words(d)                           steps of a row of d numbers
+//     round(row, d, words, bound)        packs one row and says what rounding it cost
+//     multiply(tile, panel, steps, acc)  acc[r][v] = the product of row r with latents v kLanes ... (v + 1) kLanes
+
+constexpr int64_t kPanel = 2 * kLanes;
+
+/// The norms that bound the error of a product with this row.
+struct RowBound {
+  float norm;      // of the packed row
+  float rounding;  // of (row - packed row)
+  float scale;     // real value of one packed unit
+};
+
+/// sqrt of a sum of d squares, made a little larger: an upper bound of the norm in spite of rounding and underflow.
+inline float norm_above(float squares, int64_t d) {
+  const float terms = static_cast<float>(d);
+  return __builtin_sqrtf(squares + terms * 1.2e-38f) * (1.0f + (terms + 16.0f) * 0x1p-24f);
+}
+
+struct Fp32Product {
+  static int64_t words(int64_t d) { return d; }
+
+  static void round(const float* row, int64_t d, uint32_t* words, RowBound& bound) {
+    memcpy(words, row, static_cast<size_t>(d) * 4);
+    bound = {norm_above(dot(row, row, d), d), 0.0f, 1.0f};
+  }
+
+  static inline __attribute__((always_inline)) void multiply(const uint32_t* tile, const uint32_t* panel, int64_t steps,
+                                                              Vec (&acc)[kTileRows][2]) {
+    const float* x = reinterpret_cast<const float*>(tile);
+    const float* w = reinterpret_cast<const float*>(panel);
+    for (int64_t s = 0; s < steps; ++s, x += kTileRows, w += kPanel) {
+      const Vec w0 = load(w), w1 = load(w + kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kTileRows; ++r) {
+        const Vec xr = splat(x[r]);
+        acc[r][0] = fma(xr, w0, acc[r][0]);
+        acc[r][1] = fma(xr, w1, acc[r][1]);
+      }
+    }
+  }
+};
+
+/// Words between the rows that wait to be interleaved: off the power of two, or they would share a few cache sets.
+inline int64_t row_pitch(int64_t steps) { return (steps + 15) / 16 * 16 + 16; }
+
+/// out[step][r] = rows[r][step].
+template <int64_t kWidth>
+void interleave(const uint32_t* rows, int64_t pitch, int64_t steps, uint32_t* out) {
+  for (int64_t s = 0; s < steps; ++s)
+    for (int64_t r = 0; r < kWidth; ++r) out[s * kWidth + r] = rows[r * pitch + s];
+}
+
+template <class Product>
+void pack_panels(const float* encoder, const float* latent_bias, int64_t n_latents, int64_t d, const PackedEncoder& packed,
+                 int64_t begin, int64_t end, uint32_t* rows) {
+  const int64_t steps = Product::words(d), pitch = row_pitch(steps);
+  // Each of the two sums (this product's and the canonical one) is within (d + 8) 2^-24 of the exact one, relative to
+  // norm times norm; 2.2 leaves room for the packed row's norm being a little larger and for the bounds' own rounding.
+  const float summing = 2.2f * static_cast<float>(d + 8) * 0x1p-24f;
+  for (int64_t p = begin; p < end; ++p) {
+    for (int64_t j = 0; j < kPanel; ++j) {
+      const int64_t latent = p * kPanel + j;
+      if (latent >= n_latents) {
+        memset(rows + j * pitch, 0, static_cast<size_t>(steps) * 4);
+        packed.upper_bias[latent] = -__builtin_inff();
+        packed.norm[latent] = packed.rounding[latent] = packed.bias_slack[latent] = packed.scale[latent] = 0;
+        continue;
+      }
+      RowBound bound;
+      const float* row = encoder + latent * d;
+      if (latent + 2 < n_latents) prefetch_row(row + 2 * d, d);
+      Product::round(row, d, rows + j * pitch, bound);
+      const float slack = __builtin_fabsf(latent_bias[latent]) * 0x1p-21f + 1e-30f;
+      packed.upper_bias[latent] = latent_bias[latent] + slack;
+      packed.bias_slack[latent] = 2 * slack;
+      packed.norm[latent] = bound.norm;
+      packed.rounding[latent] = bound.rounding + summing * (bound.norm + bound.rounding);
+      packed.scale[latent] = bound.scale;
+    }
+    interleave<kPanel>(rows, pitch, steps, packed.panels + p * steps * kPanel);
+  }
+}

@@ -1,0 +1,320 @@
+// One visit of a block of rows: centre, pack, sweep, score the candidates canonically, decode, error, value gradients.
+
+/// Rows a block holds, rounded up to whole tiles.
+inline int64_t whole_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
+
+constexpr int64_t kPart = 4 * kLanes;  // of a row, as decode_aux goes over it
+
+inline int64_t capacity_for(int64_t k) { return (2 * k + 192 + kPanel + 15) / 16 * 16; }
+
+/// Hands out 64-byte aligned arrays from one allocation; with a null base it only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(base + used);
+    used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return base ? p : nullptr;
+  }
+};
+
+/// One (row of the block, latent) pair, kept in the order in which pairs are visited: latent by latent.
+struct Visit {
+  uint32_t row;
+  uint32_t slot;  // of the row's candidates, or of its selected latents
+  float value;
+};
+
+/// The visits [begin, end) of one latent.
+struct Run {
+  uint32_t latent, begin, end;
+};
+
+struct RowsScratch {
+  uint32_t* tiles;
+  uint32_t* words;
+  float *row_norm, *row_rounding, *row_scale;
+  Candidates top, aux;
+  uint64_t* ranks;         // [largest capacity] keys being selected
+  Visit* visits;           // [rows][largest k]
+  Run* runs;               // [min(N, rows largest k)]
+  uint32_t* bucket;        // [N + 1]
+  float* parts;            // [rows][kPart] a part of the rows' residuals
+};
+
+inline Candidates take_candidates(Arena& arena, int64_t rows, int64_t k) {
+  Candidates c;
+  c.k = k;
+  c.capacity = k ? capacity_for(k) : 0;
+  c.upper = arena.take<float>(rows * c.capacity);
+  c.index = arena.take<uint32_t>(rows * c.capacity);
+  c.count = arena.take<int32_t>(rows);
+  c.threshold = arena.take<float>(rows);
+  c.keys = arena.take<uint32_t>(c.capacity);
+  return c;
+}
+
+inline RowsScratch take_scratch(Arena& arena, const RowsTask& task, int64_t steps, int64_t block_rows) {
+  const int64_t rows = whole_tiles(block_rows), k = task.k > task.auxk ? task.k : task.auxk;
+  RowsScratch s;
+  s.tiles = arena.take<uint32_t>(rows * steps);
+  s.words = arena.take<uint32_t>(kTileRows * row_pitch(steps));
+  s.row_norm = arena.take<float>(rows);
+  s.row_rounding = arena.take<float>(rows);
+  s.row_scale = arena.take<float>(rows);
+  s.top = take_candidates(arena, rows, task.k);
+  s.aux = take_candidates(arena, rows, task.auxk);
+  s.ranks = arena.take<uint64_t>(capacity_for(k));
+  s.visits = arena.take<Visit>(block_rows * k);
+  s.runs = arena.take<Run>(block_rows * k < task.n_latents ? block_rows * k : task.n_latents);
+  s.bucket = arena.take<uint32_t>(task.n_latents + 1);
+  s.parts = arena.take<float>(task.auxk ? block_rows * kPart : 0);
+  return s;
+}
+
+/// x - pre_bias of rows [begin, end), and the rows packed for the product.
+template <class Product>
+void centre_and_pack(const RowsTask& task, int64_t begin, int64_t end, int64_t steps, RowsScratch& s) {
+  const int64_t d = task.d_model, pitch = row_pitch(steps), rows = whole_tiles(end - begin);
+  for (int64_t i = 0; i < rows; ++i) {
+    uint32_t* words = s.words + i % kTileRows * pitch;
+    s.row_norm[i] = s.row_rounding[i] = s.row_scale[i] = 0;
+    s.top.count[i] = s.aux.count[i] = 0;
+    s.top.threshold[i] = s.aux.threshold[i] = __builtin_inff();
+    if (begin + i < end) {
+      float* centred = task.centred + (begin + i) * task.stride;
+      const float* x = task.x + (begin + i) * d;
+      each_vector(d, [&](int64_t t, auto at) { at.store(centred + t, at.load(x + t) - at.load(task.pre_bias + t)); });
+      memset(centred + d, 0, static_cast<size_t>(task.stride - d) * 4);
+      RowBound bound;
+      Product::round(centred, d, words, bound);
+      s.row_norm[i] = bound.norm + bound.rounding;
+      s.row_rounding[i] = bound.rounding;
+      s.row_scale[i] = bound.scale;
+      if (s.row_norm[i] < __builtin_inff()) s.top.threshold[i] = s.aux.threshold[i] = kLeast;
+    } else {
+      memset(words, 0, static_cast<size_t>(steps) * 4);
+    }
+    if (i % kTileRows == kTileRows - 1)
+      interleave<kTileRows>(s.words, pitch, steps, s.tiles + i / kTileRows * steps * kTileRows);
+  }
+}
+
+inline float canonical(const RowsTask& task, const float* centred, int64_t latent) {
+  return dot(task.encoder + latent * task.d_model, centred, task.d_model) + task.latent_bias[latent];
+}
+
+/// Sorts the pairs (row i, slot j), j < count(i), by `latent(i, j)`, those of one latent by row; returns the number of
+/// runs. Visited so, the row of the encoder or decoder stays in L1, and the block's own rows in L2.
+template <class Count, class Latent, class Value>
+int64_t order_visits(RowsScratch& s, int64_t n_rows, int64_t n_latents, Count count, Latent latent, Value value) {
+  memset(s.bucket, 0, static_cast<size_t>(n_latents + 1) * 4);
+  for (int64_t i = 0; i < n_rows; ++i)
+    for (int64_t j = 0; j < count(i); ++j) ++s.bucket[latent(i, j) + 1];
+  int64_t n_runs = 0;
+  for (int64_t l = 0; l < n_latents; ++l) {
+    const uint32_t begin = s.bucket[l], n = s.bucket[l + 1];
+    if (n) s.runs[n_runs++] = {static_cast<uint32_t>(l), begin, begin + n};
+    s.bucket[l + 1] = begin + n;
+  }
+  for (int64_t i = 0; i < n_rows; ++i)
+    for (int64_t j = 0; j < count(i); ++j)
+      s.visits[s.bucket[latent(i, j)]++] = {static_cast<uint32_t>(i), static_cast<uint32_t>(j), value(i, j)};
+  return n_runs;
+}
+
+/// visit(row of `matrix`, pair) for every pair, latent by latent, with the rows that come next on their way.
+template <class Body>
+inline void each_visit(const RowsScratch& s, int64_t n_runs, const float* matrix, int64_t stride, int64_t d, Body visit) {
+  for (int64_t r = 0; r < n_runs; ++r) {
+    if (r + 3 < n_runs) prefetch_row(matrix + s.runs[r + 3].latent * stride, d);
+    const float* row = matrix + s.runs[r].latent * stride;
+    for (uint32_t v = s.runs[r].begin; v < s.runs[r].end; ++v) visit(row, s.visits[v]);
+  }
+}
+
+/// Moves the k candidates with the largest upper bounds to the front.
+inline void largest_first(float* upper, uint32_t* index, int64_t count, int64_t k, RowsScratch& s) {
+  for (int64_t j = 0; j < count; ++j) s.ranks[j] = rank_key(upper[j], index[j]);
+  kth_largest(s.ranks, count, k);
+  for (int64_t j = 0; j < count; ++j) {
+    upper[j] = from_bits(static_cast<uint32_t>(s.ranks[j] >> 32));
+    index[j] = ~static_cast<uint32_t>(s.ranks[j]);
+  }
+}
+
+/// Replaces upper bounds by canonical values as far as needed: for the k largest upper bounds of each row, then for what
+/// could still reach the least of those values; the rest is dropped. Candidates lose their order.
+inline void score(const RowsTask& task, int64_t begin, int64_t n_rows, Candidates& c, RowsScratch& s, RowsStats& stats) {
+  const auto n_first = [&](int64_t i) { return c.count[i] < c.k ? int64_t{c.count[i]} : c.k; };
+  for (int64_t i = 0; i < n_rows; ++i)
+    if (c.count[i] > c.k) largest_first(c.upper + i * c.capacity, c.index + i * c.capacity, c.count[i], c.k, s);
+  const int64_t n_runs = order_visits(
+      s, n_rows, task.n_latents, n_first, [&](int64_t i, int64_t j) { return c.index[i * c.capacity + j]; },
+      [](int64_t, int64_t) { return 0.0f; });
+  each_visit(s, n_runs, task.encoder, task.d_model, task.d_model, [&](const float* row, const Visit& visit) {
+    const float* centred = task.centred + (begin + visit.row) * task.stride;
+    float* upper = c.upper + visit.row * c.capacity;
+    upper[visit.slot] = dot(row, centred, task.d_model) + task.latent_bias[c.index[visit.row * c.capacity + visit.slot]];
+    ++stats.n_rescored;
+  });
+  for (int64_t i = 0; i < n_rows; ++i) {
+    if (c.count[i] <= c.k) continue;
+    float* value = c.upper + i * c.capacity;
+    uint32_t* index = c.index + i * c.capacity;
+    float to_beat = __builtin_inff();
+    for (int64_t j = 0; j < c.k; ++j) to_beat = value[j] < to_beat ? value[j] : to_beat;
+    int64_t kept = c.k;
+    for (int64_t j = c.k; j < c.count[i]; ++j) {
+      if (value[j] < to_beat) continue;
+      index[kept] = index[j];
+      value[kept++] = canonical(task, task.centred + (begin + i) * task.stride, index[j]);
+    }
+    stats.n_rescored += kept - c.k;
+    c.count[i] = static_cast<int32_t>(kept);
+  }
+}
+
+/// Keys of the top k of all latents by canonical values alone, for a row whose candidates saturated their buffer.
+inline int64_t select_exactly(const RowsTask& task, const float* centred, int64_t k, const uint32_t* dead_bits,
+                              int64_t capacity, uint64_t* ranks) {
+  uint64_t least = 0;
+  int64_t count = 0;
+  for (int64_t i = 0; i < task.n_latents; ++i) {
+    if (dead_bits && !(dead_bits[i / kPanel] >> i % kPanel & 1)) continue;
+    const float value = canonical(task, centred, i);
+    if (!(value > 0)) continue;
+    const uint64_t key = rank_key(value, static_cast<uint32_t>(i));
+    if (key < least) continue;
+    ranks[count++] = key;
+    if (count == capacity) {
+      least = kth_largest(ranks, count, k);
+      count = k;
+    }
+  }
+  if (count > k) kth_largest(ranks, count, k);
+  return count < k ? count : k;
+}
+
+/// Fills s.ranks with the keys of a row's top k, in no order that may be relied on; returns how many there are.
+inline int64_t select(const RowsTask& task, const float* centred, Candidates& c, int64_t i, const uint32_t* dead_bits,
+                      RowsScratch& s, RowsStats& stats) {
+  if (c.count[i] < 0) {
+    ++stats.n_saturated;
+    return select_exactly(task, centred, c.k, dead_bits, c.capacity, s.ranks);
+  }
+  const float* value = c.upper + i * c.capacity;
+  const uint32_t* index = c.index + i * c.capacity;
+  int64_t count = 0;
+  for (int64_t j = 0; j < c.count[i]; ++j)
+    if (value[j] > 0) s.ranks[count++] = rank_key(value[j], index[j]);
+  if (count > c.k) kth_largest(s.ranks, count, c.k);
+  return count < c.k ? count : c.k;
+}
+
+/// Writes the selected latents of a row; what is not filled is latent 0 with value 0.
+inline void write_row(const uint64_t* ranks, int64_t count, int64_t k, int32_t* index, float* value) {
+  for (int64_t j = 0; j < count; ++j) {
+    index[j] = static_cast<int32_t>(~static_cast<uint32_t>(ranks[j]));
+    value[j] = from_bits(static_cast<uint32_t>(ranks[j] >> 32));
+  }
+  memset(index + count, 0, static_cast<size_t>(k - count) * 4);
+  memset(value + count, 0, static_cast<size_t>(k - count) * 4);
+}
+
+/// A row with a number that is not finite: NaN in the k lowest latents, and so in the loss and in the gradients.
+inline int64_t poison(int64_t k, int64_t n_latents, int32_t* index, float* value) {
+  for (int64_t j = 0; j < k; ++j) {
+    index[j] = static_cast<int32_t>(j < n_latents ? j : 0);
+    value[j] = __builtin_nanf("");
+  }
+  return k;
+}
+
+inline bool is_finite(const RowsTask& task, const RowsScratch& s, int64_t i) {
+  return s.row_norm[i] < __builtin_inff() && !task.poisoned;
+}
+
+/// Selects a row's latents, decodes them and differentiates the squared error by their values.
+inline void finish_row(const RowsTask& task, int64_t row, int64_t i, RowsScratch& s, RowsStats& stats) {
+  const float* centred = task.centred + row * task.stride;
+  int32_t* index = task.index + row * task.k;
+  float* value = task.value + row * task.k;
+  int64_t count = 0;
+  if (is_finite(task, s, i)) {
+    count = select(task, centred, s.top, i, nullptr, s, stats);
+    sort_falling(s.ranks, count);
+    write_row(s.ranks, count, task.k, index, value);
+  } else {
+    count = poison(task.k, task.n_latents, index, value);
+  }
+  task.count[row] = static_cast<int32_t>(count);
+  if (!task.decoder) return;
+
+  const int64_t d = task.d_model;
+  float* residual = task.residual + row * task.stride;
+  each_vector(task.stride, [&](int64_t t, auto at) { at.store(residual + t, -at.load(centred + t)); });
+  add_rows(residual, task.decoder, d, index, value, count);
+  float* d_value = task.d_value + row * task.k;
+  for (int64_t j = 0; j < count; ++j) d_value[j] = dot(residual, task.decoder + index[j] * d, d);
+  task.squared[row] = squared_norm(residual, d);
+}
+
+/// Adds the selected dead latents to the residuals: recons_aux - (x - recons) starts at residual = -(x - recons). A part
+/// of D at a time, copied together so that it stays in L1; a row's latents are added in the order of their index.
+inline void decode_aux(const RowsTask& task, int64_t begin, int64_t n_rows, const RowsScratch& s, int64_t n_runs) {
+  const int64_t d = task.d_model;
+  for (int64_t t = 0; t < d; t += kPart) {
+    const int64_t n = d - t < kPart ? d - t : kPart;
+    const auto part = [&](float* matrix, int64_t i) { return matrix + (begin + i) * task.stride + t; };
+    for (int64_t i = 0; i < n_rows; ++i) memcpy(s.parts + i * kPart, part(task.residual, i), static_cast<size_t>(n) * 4);
+    each_visit(s, n_runs, task.decoder + t, d, n, [&](const float* row, const Visit& visit) {
+      add_part(s.parts + visit.row * kPart, visit.value, row, n);
+    });
+    for (int64_t i = 0; i < n_rows; ++i) memcpy(part(task.aux_residual, i), s.parts + i * kPart, static_cast<size_t>(n) * 4);
+  }
+  for (int64_t i = begin; i < begin + n_rows; ++i)
+    memset(task.aux_residual + i * task.stride + d, 0, static_cast<size_t>(task.stride - d) * 4);
+}
+
+/// AuxK for a block: select among the dead, model the error with them, differentiate. A row has hundreds of dead latents
+/// and a latent hundreds of rows, so this goes by latent, where finish_row goes by row.
+inline void finish_aux(const RowsTask& task, int64_t begin, int64_t n_rows, RowsScratch& s, RowsStats& stats) {
+  const int64_t d = task.d_model;
+  for (int64_t i = 0; i < n_rows; ++i) {
+    const int64_t row = begin + i;
+    int64_t count = 0;
+    if (is_finite(task, s, i)) {
+      count = select(task, task.centred + row * task.stride, s.aux, i, task.dead_bits, s, stats);
+      write_row(s.ranks, count, task.auxk, task.aux_index + row * task.auxk, task.aux_value + row * task.auxk);
+    }
+    task.aux_count[row] = static_cast<int32_t>(count);
+  }
+  const int64_t n_runs = order_visits(
+      s, n_rows, task.n_latents, [&](int64_t i) { return task.aux_count[begin + i]; },
+      [&](int64_t i, int64_t j) { return static_cast<uint32_t>(task.aux_index[(begin + i) * task.auxk + j]); },
+      [&](int64_t i, int64_t j) { return task.aux_value[(begin + i) * task.auxk + j]; });
+  decode_aux(task, begin, n_rows, s, n_runs);
+  each_visit(s, n_runs, task.decoder, d, d, [&](const float* row, const Visit& visit) {
+    const int64_t i = begin + visit.row;
+    task.aux_d_value[i * task.auxk + visit.slot] = dot(task.aux_residual + i * task.stride, row, d);
+  });
+  for (int64_t row = begin; row < begin + n_rows; ++row)
+    task.aux_squared[row] = squared_norm(task.aux_residual + row * task.stride, d);
+}
+
+template <class Product>
+void process_rows(const RowsTask& task, int64_t begin, int64_t end, void* scratch, RowsStats& stats) {
+  const int64_t steps = Product::words(task.d_model), n_rows = end - begin;
+  Arena arena{static_cast<char*>(scratch)};
+  RowsScratch s = take_scratch(arena, task, steps, n_rows);
+  centre_and_pack<Product>(task, begin, end, steps, s);
+  const Block block{task.packed, s.tiles, s.row_norm, s.row_rounding, s.row_scale,
+                    whole_tiles(n_rows) / kTileRows, (task.n_latents + kPanel - 1) / kPanel, steps, task.dead_bits};
+  if (!task.poisoned) sweep<Product>(block, s.top, task.auxk ? &s.aux : nullptr);
+  score(task, begin, n_rows, s.top, s, stats);
+  if (task.auxk) score(task, begin, n_rows, s.aux, s, stats);
+  for (int64_t i = 0; i < n_rows; ++i) finish_row(task, begin + i, i, s, stats);
+  if (task.auxk) finish_aux(task, begin, n_rows, s, stats);
+}

@@ -1,0 +1,432 @@
+#include "step.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "workspace.h"
+
+namespace monosem {
+namespace {
+
+constexpr double kFired = 1e-3;        // types.FIRED_THRESHOLD
+constexpr int64_t kLatentBlock = 64;   // latents whose contribution to pre_bias is summed apart, whatever the threads
+constexpr int64_t kRowBlock = 256;     // rows of a column sum, likewise
+constexpr int64_t kTileBytes = 384 << 10;  // packed rows of a block: they stay in L2 while the panels pass
+
+struct Workspace {
+  Buffer panels, encoder_terms, dead_bits;
+  Buffer centred, residual, index, value, d_value, count, squared;
+  Buffer aux_residual, aux_index, aux_value, aux_d_value, aux_count, aux_squared;
+  Buffer starts, pairs, aux_starts, aux_pairs, histogram;
+  Buffer sums, partial;
+  std::vector<Buffer> threads;
+
+  template <class Visit>
+  void each(Visit visit) {
+    for (Buffer* b : {&panels, &encoder_terms, &dead_bits, &centred, &residual, &index, &value, &d_value, &count, &squared,
+                      &aux_residual, &aux_index, &aux_value, &aux_d_value, &aux_count, &aux_squared, &starts, &pairs,
+                      &aux_starts, &aux_pairs, &histogram, &sums, &partial})
+      visit(*b);
+    for (Buffer& b : threads) visit(b);
+  }
+};
+
+thread_local Workspace workspace;
+thread_local Times times;
+
+/// Adds the time of its own life to one of `times`.
+class Timer {
+ public:
+  explicit Timer(double& total_ms) : total_ms_(total_ms), start_(Clock::now()) {}
+  Timer(const Timer&) = delete;
+  ~Timer() { total_ms_ += std::chrono::duration<double, std::milli>(Clock::now() - start_).count(); }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  double& total_ms_;
+  Clock::time_point start_;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t padded(int64_t d) { return ceil_div(d, 16) * 16; }
+
+/// One scratch area a thread, allocated before the threads start: nothing may throw inside a parallel region.
+std::vector<char*> thread_scratch(int64_t bytes) {
+  const size_t n = static_cast<size_t>(omp_get_max_threads());
+  if (workspace.threads.size() < n) workspace.threads.resize(n);
+  std::vector<char*> areas;
+  for (size_t i = 0; i < n; ++i) areas.push_back(workspace.threads[i].take<char>(bytes));
+  return areas;
+}
+
+/// Runs body(i, scratch) for i in [0, count), in any order.
+template <class Body>
+void parallel(int64_t count, int64_t scratch_bytes, Body body) {
+  const std::vector<char*> areas = thread_scratch(scratch_bytes);
+#pragma omp parallel for schedule(dynamic, 1)
+  for (int64_t i = 0; i < count; ++i) body(i, areas[static_cast<size_t>(omp_get_thread_num())]);
+}
+
+struct Packed {
+  PackedEncoder encoder;
+  bool poisoned;
+};
+
+Packed pack(const Level& l, Precision precision, const Shape& shape, const Weights& w) {
+  times = {};
+  const Timer timer(times.pack);
+  const int64_t n_panels = ceil_div(shape.n_latents, l.panel_latents), n = n_panels * l.panel_latents;
+  float* terms = workspace.encoder_terms.take<float>(6 * n);
+  const PackedEncoder packed{workspace.panels.take<uint32_t>(n * l.packed_words(precision, shape.d_model)),
+                             terms, terms + n, terms + 2 * n, terms + 3 * n, terms + 4 * n, terms + 5 * n};
+  const int64_t chunk = 4, scratch = l.pack_scratch_bytes(precision, shape.d_model);
+  parallel(ceil_div(n_panels, chunk), scratch, [&](int64_t i, char* area) {
+    l.pack_encoder(precision, w.encoder, w.latent_bias, shape.n_latents, shape.d_model, packed, i * chunk,
+                   std::min(n_panels, (i + 1) * chunk), area);
+  });
+  bool finite = true;
+  for (int64_t i = 0; i < shape.n_latents; ++i)
+    finite &= std::isfinite(packed.upper_bias[i]) && std::isfinite(packed.norm[i] + packed.rounding[i]);
+  return {packed, !finite};
+}
+
+const uint32_t* dead_bits(const Level& l, const bool* dead, int64_t n_latents) {
+  const int64_t n_panels = ceil_div(n_latents, l.panel_latents);
+  uint32_t* words = workspace.dead_bits.take<uint32_t>(n_panels);
+  std::fill(words, words + n_panels, 0u);
+  for (int64_t i = 0; i < n_latents; ++i) words[i / l.panel_latents] |= uint32_t{dead[i]} << i % l.panel_latents;
+  return words;
+}
+
+/// A task with the arrays of a selection; decoder and auxk still off.
+RowsTask selection(const Shape& shape, const Weights& w, const float* x, Precision precision, int64_t k,
+                   const Packed& packed) {
+  RowsTask task{};
+  task.precision = precision;
+  task.n_rows = shape.batch;
+  task.d_model = shape.d_model;
+  task.stride = padded(shape.d_model);
+  task.n_latents = shape.n_latents;
+  task.x = x;
+  task.encoder = w.encoder;
+  task.latent_bias = w.latent_bias;
+  task.pre_bias = w.pre_bias;
+  task.packed = &packed.encoder;
+  task.poisoned = packed.poisoned;
+  task.k = k;
+  task.centred = workspace.centred.take<float>(shape.batch * task.stride);
+  task.index = workspace.index.take<int32_t>(shape.batch * k);
+  task.value = workspace.value.take<float>(shape.batch * k);
+  task.count = workspace.count.take<int32_t>(shape.batch);
+  return task;
+}
+
+RowsStats run_rows(const Level& l, const RowsTask& task) {
+  const Timer timer(times.rows);
+  const int64_t tile_bytes = l.packed_words(task.precision, task.d_model) * 4 * l.tile_rows;
+  const int64_t n_threads = omp_get_max_threads();
+  const int64_t most = std::clamp<int64_t>((task.auxk ? kTileBytes / 2 : kTileBytes) / tile_bytes, 1, 20) * l.tile_rows;
+  const int64_t n_blocks = ceil_div(ceil_div(task.n_rows, most), n_threads) * n_threads;
+  const int64_t rows = ceil_div(ceil_div(task.n_rows, n_blocks), l.tile_rows) * l.tile_rows;
+  std::vector<RowsStats> stats(static_cast<size_t>(ceil_div(task.n_rows, rows)));
+  parallel(static_cast<int64_t>(stats.size()), l.rows_scratch_bytes(task, rows), [&](int64_t i, char* area) {
+    l.rows(task, i * rows, std::min(task.n_rows, (i + 1) * rows), area, stats[static_cast<size_t>(i)]);
+  });
+  RowsStats total{};
+  for (const RowsStats& s : stats) {
+    total.n_rescored += s.n_rescored;
+    total.n_saturated += s.n_saturated;
+    total.n_recalled += s.n_recalled;
+  }
+  return total;
+}
+
+/// Counting sort of the active (row, latent) pairs by latent, values times `factor`.
+PairList group_by_latent(const Shape& shape, int64_t k, const int32_t* index, const float* value, const float* d_value,
+                         const int32_t* count, const float* d_recons, double factor, Buffer& starts, Buffer& pairs) {
+  const Timer timer(times.group);
+  const int64_t n = shape.n_latents, n_parts = std::min<int64_t>(omp_get_max_threads(), 16);
+  const auto part = [&](int64_t p) { return shape.batch * p / n_parts; };
+  int64_t* start = starts.take<int64_t>(n + 1);
+  int64_t* next = workspace.histogram.take<int64_t>(n_parts * n);
+  const auto each = [&](int64_t p, auto visit) {
+    for (int64_t row = part(p); row < part(p + 1); ++row)
+      for (int64_t j = row * k; j < row * k + count[row]; ++j) visit(row, j);
+  };
+  parallel(n_parts, 1, [&](int64_t p, char*) {
+    std::fill(next + p * n, next + (p + 1) * n, 0);
+    each(p, [&](int64_t, int64_t j) { ++next[p * n + index[j]]; });
+  });
+  int64_t total = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    start[i] = total;
+    for (int64_t p = 0; p < n_parts; ++p) total += std::exchange(next[p * n + i], total);
+  }
+  start[n] = total;
+  Pair* sorted = pairs.take<Pair>(total);
+  const float f = static_cast<float>(factor);
+  parallel(n_parts, 1, [&](int64_t p, char*) {
+    each(p, [&](int64_t row, int64_t j) {
+      sorted[next[p * n + index[j]]++] = {static_cast<uint32_t>(row), value[j] * f, d_value[j] * f};
+    });
+  });
+  return {start, sorted, d_recons};
+}
+
+double total(const double* values, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += values[i];
+  return sum;
+}
+
+/// Column sums of the residual, in blocks of rows whose number does not depend on the threads.
+double* column_sums(const Level& l, const RowsTask& task) {
+  const int64_t n_blocks = ceil_div(task.n_rows, kRowBlock), d = task.d_model;
+  double* partial = workspace.partial.take<double>(n_blocks * d);
+  parallel(n_blocks, 1, [&](int64_t i, char*) {
+    l.column_sums(task.residual, task.stride, d, i * kRowBlock, std::min(task.n_rows, (i + 1) * kRowBlock), partial + i * d);
+  });
+  double* sums = workspace.sums.take<double>(d);
+  std::fill(sums, sums + d, 0.0);
+  for (int64_t i = 0; i < n_blocks; ++i)
+    for (int64_t t = 0; t < d; ++t) sums[t] += partial[i * d + t];
+  return sums;
+}
+
+/// sum |e - mean_batch(e)|^2, e = -residual.
+double error_spread(const Level& l, const RowsTask& task, const double* sums) {
+  const int64_t n_blocks = ceil_div(task.n_rows, kRowBlock);
+  std::vector<float> mean(static_cast<size_t>(task.d_model));
+  for (size_t t = 0; t < mean.size(); ++t) mean[t] = static_cast<float>(sums[t] / static_cast<double>(task.n_rows));
+  std::vector<double> parts(static_cast<size_t>(n_blocks));
+  parallel(n_blocks, 1, [&](int64_t i, char*) {
+    parts[static_cast<size_t>(i)] = l.spread(task.residual, task.stride, task.d_model, i * kRowBlock,
+                                             std::min(task.n_rows, (i + 1) * kRowBlock), mean.data());
+  });
+  return total(parts.data(), n_blocks);
+}
+
+/// Visits every latent's gradient by blocks and adds up d_bias encoder; visit(latent, d_encoder, d_bias, d_decoder).
+template <class Visit>
+std::vector<double> each_gradient(const Level& l, const LatentsTask& task, Visit visit) {
+  const Timer timer(times.latents);
+  const int64_t n_blocks = ceil_div(task.n_latents, kLatentBlock), d = task.d_model;
+  float* partial = workspace.partial.take<float>(n_blocks * d);
+  parallel(n_blocks, 2 * task.stride * 4, [&](int64_t block, char* area) {
+    float* d_encoder = reinterpret_cast<float*>(area);
+    float* d_decoder = d_encoder + task.stride;
+    float* sums = partial + block * d;
+    std::fill(sums, sums + d, 0.0f);
+    const int64_t end = std::min(task.n_latents, (block + 1) * kLatentBlock);
+    for (int64_t i = block * kLatentBlock; i < end; ++i) {
+      const float d_bias = l.latent_gradient(task, i, d_encoder, d_decoder);
+      if (d_bias != 0) l.add_scaled(sums, d_bias, task.encoder + i * d, d);
+      visit(i, d_encoder, d_bias, d_decoder);
+    }
+  });
+  std::vector<double> sums(static_cast<size_t>(d), 0.0);
+  for (int64_t block = 0; block < n_blocks; ++block)
+    for (int64_t t = 0; t < d; ++t) sums[static_cast<size_t>(t)] += partial[block * d + t];
+  return sums;
+}
+
+/// Everything of a step before the latents' gradients: terms of the loss, and the pairs that make the gradients.
+struct Forward {
+  RowsTask task;
+  Terms terms;
+  PairList main, aux;
+  bool has_aux;
+  double factor;                        // of the mse: d mse / d recons = factor * residual
+  std::vector<double> d_recons_sums;    // [D] sum over the batch of d mse / d recons
+};
+
+Forward forward(const Level& l, const Shape& shape, const Weights& w, const float* x, Precision precision, const Loss& loss,
+                const bool* dead, const Packed& packed) {
+  Forward f{};
+  RowsTask& task = f.task = selection(shape, w, x, precision, loss.k, packed);
+  const int64_t batch = shape.batch, n_dead = std::count(dead, dead + shape.n_latents, true);
+  task.decoder = w.decoder;
+  task.residual = workspace.residual.take<float>(batch * task.stride);
+  task.d_value = workspace.d_value.take<float>(batch * loss.k);
+  task.squared = workspace.squared.take<double>(batch);
+  task.auxk = std::min(loss.auxk, n_dead);
+  if (task.auxk) {
+    task.dead_bits = dead_bits(l, dead, shape.n_latents);
+    task.aux_residual = workspace.aux_residual.take<float>(batch * task.stride);
+    task.aux_index = workspace.aux_index.take<int32_t>(batch * task.auxk);
+    task.aux_value = workspace.aux_value.take<float>(batch * task.auxk);
+    task.aux_d_value = workspace.aux_d_value.take<float>(batch * task.auxk);
+    task.aux_count = workspace.aux_count.take<int32_t>(batch);
+    task.aux_squared = workspace.aux_squared.take<double>(batch);
+  }
+  f.terms.stats = run_rows(l, task);
+
+  const double n_elements = static_cast<double>(batch) * static_cast<double>(shape.d_model);
+  f.factor = 2 * loss.mse_scale / n_elements;
+  f.terms.mse = loss.mse_scale * total(task.squared, batch) / n_elements;
+  f.main = group_by_latent(shape, loss.k, task.index, task.value, task.d_value, task.count, task.residual, f.factor,
+                           workspace.starts, workspace.pairs);
+  const double* sums = column_sums(l, task);
+  for (int64_t t = 0; t < shape.d_model; ++t) f.d_recons_sums.push_back(sums[t] * f.factor);
+  if (task.auxk) {
+    const double spread = error_spread(l, task, sums);
+    // As a float, like every implementation: a quotient beyond fp32 is not finite either.
+    f.terms.auxiliary = static_cast<double>(static_cast<float>(total(task.aux_squared, batch) / spread));
+    f.terms.auxk_dropped = !std::isfinite(f.terms.auxiliary);
+    f.has_aux = !f.terms.auxk_dropped;
+    if (f.has_aux)
+      f.aux = group_by_latent(shape, task.auxk, task.aux_index, task.aux_value, task.aux_d_value, task.aux_count,
+                              task.aux_residual, 2 * loss.auxk_coef / spread, workspace.aux_starts, workspace.aux_pairs);
+  }
+  return f;
+}
+
+int64_t count_fired(const RowsTask& task, int64_t* n_fired) {
+  std::fill(n_fired, n_fired + task.n_latents, 0);
+  int64_t n_active = 0;
+  for (int64_t row = 0; row < task.n_rows; ++row)
+    for (int64_t j = row * task.k; j < row * task.k + task.count[row]; ++j) {
+      n_fired[task.index[j]] += static_cast<double>(task.value[j]) > kFired;
+      n_active += task.value[j] > 0;
+    }
+  return n_active;
+}
+
+UpdateTask update_task(int64_t d_model, const Weights& w, const Weights& first, const Weights& second,
+                       const Weights& average, const Update& u) {
+  const double correction1 = 1 - std::pow(u.beta1, static_cast<double>(u.step));
+  const double correction2 = 1 - std::pow(u.beta2, static_cast<double>(u.step));
+  UpdateTask t{};
+  t.d_model = d_model;
+  t.beta1 = static_cast<float>(u.beta1);
+  t.beta2 = static_cast<float>(u.beta2);
+  t.epsilon = static_cast<float>(u.epsilon);
+  t.step_size = static_cast<float>(u.lr / correction1);
+  t.second_scale = static_cast<float>(1 / std::sqrt(correction2));
+  t.ema = static_cast<float>(u.ema);
+  t.encoder = w.encoder, t.encoder_first = first.encoder, t.encoder_second = second.encoder;
+  t.bias = w.latent_bias, t.bias_first = first.latent_bias, t.bias_second = second.latent_bias;
+  t.decoder = w.decoder, t.decoder_first = first.decoder, t.decoder_second = second.decoder;
+  t.encoder_average = average.encoder, t.bias_average = average.latent_bias, t.decoder_average = average.decoder;
+  return t;
+}
+
+LatentsTask latents_task(const Forward& f, const Weights& w) {
+  return {f.task.d_model, f.task.stride, f.task.n_latents, f.task.centred, &f.main, f.has_aux ? &f.aux : nullptr, w.encoder};
+}
+
+/// d pre_bias = sum of d recons - encoder^T sum of d pre-activations.
+void pre_bias_gradient(const Forward& f, const std::vector<double>& through_encoder, float* gradient) {
+  for (size_t t = 0; t < through_encoder.size(); ++t)
+    gradient[t] = static_cast<float>(f.d_recons_sums[t] - through_encoder[t]);
+}
+
+/// Projects a latent's decoder gradient; returns the squared norm of its whole gradient.
+double project(const Level& l, const Weights& w, int64_t i, int64_t d, const float* d_encoder, float d_bias,
+               float* d_decoder) {
+  return l.project(d_decoder, w.decoder + i * d, d) + l.squared_norm(d_encoder, d) + double{d_bias} * double{d_bias};
+}
+
+}  // namespace
+
+RowsStats topk_encode(const Shape& shape, const Weights& w, const float* x, Precision precision, int64_t k, int64_t* index,
+                      float* value) {
+  const Level& l = level();
+  if (shape.batch == 0) return {};
+  const RowsTask task = selection(shape, w, x, precision, k, pack(l, precision, shape, w));
+  const RowsStats stats = run_rows(l, task);
+  std::copy(task.index, task.index + shape.batch * k, index);
+  std::copy(task.value, task.value + shape.batch * k, value);
+  return stats;
+}
+
+void decode(const Shape& shape, const Weights& w, const int64_t* index, const float* value, int64_t k, float* recons) {
+  const Level& l = level();
+  parallel(ceil_div(shape.batch, 64), 1, [&](int64_t block, char*) {
+    for (int64_t row = block * 64; row < std::min(shape.batch, (block + 1) * 64); ++row)
+      l.decode_row(w.decoder, w.pre_bias, shape.d_model, index + row * k, value + row * k, k, recons + row * shape.d_model);
+  });
+}
+
+Terms topk_gradients(const Shape& shape, const Weights& w, const float* x, Precision precision, const Loss& loss,
+                     const bool* dead, const Weights& gradients, int64_t* n_fired) {
+  const Level& l = level();
+  const int64_t d = shape.d_model;
+  const Packed packed = pack(l, precision, shape, w);
+  Forward f = forward(l, shape, w, x, precision, loss, dead, packed);
+  f.terms.n_active = count_fired(f.task, n_fired);
+  const std::vector<double> through_encoder = each_gradient(
+      l, latents_task(f, w), [&](int64_t i, const float* d_encoder, float d_bias, const float* d_decoder) {
+        std::copy(d_encoder, d_encoder + d, gradients.encoder + i * d);
+        std::copy(d_decoder, d_decoder + d, gradients.decoder + i * d);
+        gradients.latent_bias[i] = d_bias;
+      });
+  pre_bias_gradient(f, through_encoder, gradients.pre_bias);
+  return f.terms;
+}
+
+StepResult topk_step(const Shape& shape, const Weights& w, const float* x, Precision precision, const Loss& loss,
+                     const bool* dead, int64_t* n_fired, const Weights& first, const Weights& second,
+                     const Weights& average, const Update& u) {
+  const Level& l = level();
+  const int64_t d = shape.d_model, n_blocks = ceil_div(shape.n_latents, kLatentBlock);
+  const Packed packed = pack(l, precision, shape, w);
+  Forward f = forward(l, shape, w, x, precision, loss, dead, packed);
+  f.terms.n_active = count_fired(f.task, n_fired);
+  const UpdateTask update = update_task(d, w, first, second, average, u);
+  std::vector<double> squares(static_cast<size_t>(n_blocks), 0.0);
+  const std::vector<double> through_encoder = each_gradient(
+      l, latents_task(f, w), [&](int64_t i, const float* d_encoder, float d_bias, float* d_decoder) {
+        squares[static_cast<size_t>(i / kLatentBlock)] += project(l, w, i, d, d_encoder, d_bias, d_decoder);
+        l.update_latent(update, i, d_encoder, d_bias, d_decoder, 1.0f);
+      });
+  std::vector<float> d_pre_bias(static_cast<size_t>(d));
+  pre_bias_gradient(f, through_encoder, d_pre_bias.data());
+  const double norm = std::sqrt(total(squares.data(), n_blocks) + l.squared_norm(d_pre_bias.data(), d));
+  l.update_values(update, w.pre_bias, first.pre_bias, second.pre_bias, average.pre_bias, d_pre_bias.data(), d, 1.0f);
+  return {f.terms, norm};
+}
+
+double apply_update(const Shape& shape, const Weights& w, const Weights& gradients, const Weights& first,
+                    const Weights& second, const Weights& average, const Update& u) {
+  const Level& l = level();
+  const int64_t d = shape.d_model, n = shape.n_latents, n_blocks = ceil_div(n, kLatentBlock);
+  const UpdateTask task = update_task(d, w, first, second, average, u);
+  const bool clips = std::isfinite(u.clip_norm);
+  double* squares = workspace.partial.take<double>(n_blocks);
+  const auto update_block = [&](int64_t block, float factor) {
+    for (int64_t i = block * kLatentBlock; i < std::min(n, (block + 1) * kLatentBlock); ++i)
+      l.update_latent(task, i, gradients.encoder + i * d, gradients.latent_bias[i], gradients.decoder + i * d, factor);
+  };
+  parallel(n_blocks, 1, [&](int64_t block, char*) {
+    squares[block] = 0;
+    for (int64_t i = block * kLatentBlock; i < std::min(n, (block + 1) * kLatentBlock); ++i) {
+      squares[block] +=
+          project(l, w, i, d, gradients.encoder + i * d, gradients.latent_bias[i], gradients.decoder + i * d);
+    }
+    if (!clips) update_block(block, 1.0f);
+  });
+  const double norm = std::sqrt(total(squares, n_blocks) + l.squared_norm(gradients.pre_bias, d));
+  // NaN must stay NaN, as it does where the norm is divided by: the comparison is false for it.
+  const float factor = !clips || norm <= u.clip_norm ? 1.0f : static_cast<float>(u.clip_norm / norm);
+  if (clips) parallel(n_blocks, 1, [&](int64_t block, char*) { update_block(block, factor); });
+  l.update_values(task, w.pre_bias, first.pre_bias, second.pre_bias, average.pre_bias, gradients.pre_bias, d, factor);
+  return norm;
+}
+
+const Times& last_times() { return times; }
+
+void fill_workspace(int byte) {
+  workspace.each([byte](Buffer& b) { b.fill(byte); });
+}
+
+void release_workspace() {
+  workspace.each([](Buffer& b) { b.release(); });
+}
+
+}  // namespace monosem

@@ -1,0 +1,635 @@
+"""Activations of one site over many contexts: a folder on disk, and the shuffled stream that training reads.
+
+    out/manifest.json                        what made the store, and the sha256 of everything below; written last
+    out/plan.json                            config and sources of the harvest, written first: what a resume must match
+    out/mean.safetensors                     `mean` [width], float64: mean of the training rows, raw space
+    out/{train,held_out}/documents.json      names (hashes) of the documents that contexts point to
+    out/{train,held_out}/shard-00000.json    sidecar, written after its shard: sha256, sums and norms of its rows
+    out/{train,held_out}/shard-00000.safetensors
+        activations [rows, width]; tokens, documents, positions [contexts, ctx]
+
+A *block* is `block_contexts` contexts: one forward pass, and the unit of reading and of shuffling. A shard is
+`shard_blocks` blocks. Row r of a split is token `r % rows_per_context` (+ 1 where the first token of each context is
+left out) of context `r // rows_per_context`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from monosem import artifacts
+from monosem.artifacts import sha256_file
+from monosem.config import HarvestConfig, changed_fields, to_dict
+from monosem.logs import progress
+from monosem.subject import Subject
+from monosem.tokens import Contexts, contexts, corpus_hash, is_local
+from monosem.types import Site
+
+log = logging.getLogger("monosem")
+
+KIND, PLAN_KIND = "activation-store", "activation-store-plan"
+SPLITS = ("train", "held_out")
+WINDOW_BLOCKS = 16
+"""Blocks whose rows are shuffled together: 64k rows at the default block."""
+
+LARGE_NORM = 10.0
+"""Rows whose norm is over this many times their shard's median are counted: sinks away from the first token."""
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_ADDRESS = ("tokens", "documents", "positions")
+_REPAIR = "copy the store again, or delete its manifest.json and harvest again, which keeps what is whole"
+_FREE_FIELDS = ("out", "device")
+"""Fields of the config that a resumed harvest may change: they decide where, not what."""
+
+
+def harvest(config: HarvestConfig) -> ActivationStore:
+    """The finished store in `config.out`: made, completed where a killed harvest left off, or found complete.
+
+    Every file is whole or absent and the shards found whole are kept, so that a harvest interrupted anywhere ends
+    in the same bytes. `ValueError` when the folder belongs to another config (the fields are named), the corpus is
+    too small, or an activation is not finite; `OSError` when the disk is full.
+    """
+    out = Path(config.out)
+    if not config.out:
+        raise ValueError("out is empty; give the folder of the activation store")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out is {out}, which is a file; give a folder")
+    with artifacts.folder_lock(out):
+        if (out / "manifest.json").exists():
+            store = ActivationStore.open(out)
+            _require_same(out, store.manifest, config, _local_corpus(config))
+            log.info("store %s is already complete", out)
+            return store
+        _harvest(config, out)
+    return ActivationStore.open(out)
+
+
+class ActivationStore:
+    """A finished store, read in place: `open` checks the manifest and sizes, each shard's sha256 at its first touch."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        files = [manifest["mean"], *(file for split in SPLITS for file in self._files(split))]
+        for file in files:
+            _check_size(path / file["file"], file["bytes"])
+        self.hash = _hash([file["sha256"] for file in files])
+        """Names what is in the store, wherever it lies."""
+        self.config: dict[str, Any] = manifest["config"]
+        """The HarvestConfig that made it, as JSON data."""
+        self.site = Site(**manifest["site"])
+        self.width: int = manifest["width"]
+        self.context_length: int = self.config["context_length"]
+        self.first_position = 0 if self.config["keep_first_token"] else 1
+        """Position, in its context, of a context's first row."""
+        self.rows_per_context: int = self.context_length - self.first_position
+        self.block_rows: int = self.config["block_contexts"] * self.rows_per_context
+        self._open: dict[Path, Any] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str | Path) -> ActivationStore:
+        """The store in this folder; `ValueError` when it is unfinished, of another format, or not whole."""
+        path = Path(path)
+        if not (path / "manifest.json").exists():
+            unfinished = (path / "plan.json").exists()
+            reason = "its harvest did not finish; run the same harvest again" if unfinished else "harvest one first"
+            raise ValueError(f"{path} is not an activation store with a manifest.json: {reason}")
+        manifest = artifacts.read_manifest(path / "manifest.json", KIND)
+        try:
+            return cls(path, manifest)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path / 'manifest.json'} is damaged ({error!r}); {_REPAIR}") from None
+
+    @property
+    def mean(self) -> Float[Tensor, " width"]:
+        """Mean of the training rows in raw space, float64."""
+        return self._file(self.manifest["mean"]).get_tensor("mean")
+
+    def n_blocks(self, split: str) -> int:
+        return self._split(split)["n_blocks"]
+
+    def n_rows(self, split: str) -> int:
+        return self._split(split)["n_rows"]
+
+    def block(self, split: str, index: int) -> Float[Tensor, "block_rows width"]:
+        """Block `index` of the split, in the store's dtype."""
+        if not 0 <= index < self.n_blocks(split):
+            raise ValueError(f"block {index} is not in {split} of {self.path}, which has {self.n_blocks(split)}")
+        shard, within = divmod(index, self.config["shard_blocks"])
+        start = within * self.block_rows
+        return self._shard(split, shard).get_slice("activations")[start : start + self.block_rows]
+
+    def batches(self, split: str, batch_size: int) -> Iterator[Float[Tensor, "batch width"]]:
+        """All rows of the split once, in stored order, as fp32; the last batch may be short."""
+        rows = torch.empty(0, self.width)
+        for index in range(self.n_blocks(split)):
+            *whole, rows = torch.cat([rows, self.block(split, index).float()]).split(batch_size)
+            yield from whole
+        yield rows
+
+    def rows(self, split: str) -> Float[Tensor, "n_rows width"]:
+        """All rows of the split in the store's dtype, in memory."""
+        return torch.cat([self.block(split, index) for index in range(self.n_blocks(split))])
+
+    def contexts(self, split: str) -> Contexts:
+        """The tokens that the rows of the split belong to, with their addresses."""
+        shards = [self._shard(split, index) for index in range(len(self._split(split)["shards"]))]
+        tokens, documents, positions = (torch.cat([s.get_tensor(name) for s in shards]) for name in _ADDRESS)
+        file = self._split(split)["documents"]
+        _check_sha256(self.path / file["file"], file["sha256"])
+        return Contexts(tokens, documents, positions, artifacts.read_json(self.path / file["file"]))
+
+    def _files(self, split: str) -> list[dict[str, Any]]:
+        return [self._split(split)["documents"], *self._split(split)["shards"]]
+
+    def _split(self, split: str) -> dict[str, Any]:
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
+        return self.manifest["splits"][split]
+
+    def _shard(self, split: str, index: int) -> Any:
+        return self._file(self._split(split)["shards"][index])
+
+    def _file(self, file: dict[str, Any]) -> Any:
+        """The open file (memory-mapped), checked against its sha256 the first time."""
+        path = self.path / file["file"]
+        with self._lock:
+            if path not in self._open:
+                _check_sha256(path, file["sha256"])
+                self._open[path] = safe_open(path, framework="pt")
+            return self._open[path]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where a stream's rows come from: numbered blocks of equal size. `hash` names the rows and their order."""
+
+    n_blocks: int
+    block_rows: int
+    width: int
+    hash: str
+
+    def block(self, index: int) -> Float[Tensor, "block_rows width"]: ...
+
+
+class StoreSource:
+    """The blocks of one split of a store."""
+
+    def __init__(self, store: ActivationStore, split: str = "train") -> None:
+        self.store = store
+        self.split = split
+        self.n_blocks = store.n_blocks(split)
+        self.block_rows = store.block_rows
+        self.width = store.width
+        self.hash = _hash([store.hash, split])
+
+    def block(self, index: int) -> Float[Tensor, "block_rows width"]:
+        return self.store.block(self.split, index)
+
+
+class LiveSource:
+    """Blocks computed when they are read, by the same forward passes as a harvest: the same rows, and no disk."""
+
+    def __init__(
+        self, subject: Subject, site: Site, found: Contexts, *, block_contexts: int, keep_first_token: bool = False
+    ) -> None:
+        n_contexts, context_length = found.tokens.shape
+        if n_contexts % block_contexts:
+            raise ValueError(f"{n_contexts} contexts are not whole blocks of {block_contexts}; give a multiple of it")
+        self.subject = subject
+        self.site = site
+        self.tokens = found.tokens
+        self.block_contexts = block_contexts
+        self.first_position = 0 if keep_first_token else 1
+        self.n_blocks = n_contexts // block_contexts
+        self.block_rows = block_contexts * (context_length - self.first_position)
+        self.width = subject.site_width(site)
+        tokens_hash = hashlib.sha256(found.tokens.numpy().tobytes()).hexdigest()
+        identity = (subject.hash, site, subject.dtype, block_contexts, self.first_position, tokens_hash)
+        self.hash = _hash([str(part) for part in identity])
+
+    def block(self, index: int) -> Float[Tensor, "block_rows width"]:
+        tokens = self.tokens[index * self.block_contexts : (index + 1) * self.block_contexts]
+        return _captured(self.subject, self.site, tokens)[:, self.first_position :].reshape(self.block_rows, self.width)
+
+
+class ActivationStream:
+    """The endless stream of shuffled rows, `batch_size` at a time, as fp32 on the CPU.
+
+    In epoch e the blocks come in the order perm(seed, e); about `window_blocks` successive ones form a window, whose
+    rows come in the order perm(seed, e, window). Batch i is rows [i B, (i + 1) B) of these, over windows and epochs.
+    So the position is one number, the batches handed out: nothing else is saved, and a resumed stream goes on with
+    exactly the next batch. A thread works `prefetch_batches` ahead, which changes no batch. Use it as a context
+    manager, or `close` it.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        seed: int,
+        *,
+        window_blocks: int = WINDOW_BLOCKS,
+        prefetch_batches: int = 8,
+    ) -> None:
+        sizes = {"batch_size": batch_size, "window_blocks": window_blocks, "prefetch_batches": prefetch_batches}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        self.source = source
+        self.batch_size = batch_size
+        self.seed = seed
+        self.window_blocks = window_blocks
+        self.prefetch_batches = prefetch_batches
+        self.n_batches = 0
+        """Batches handed out so far."""
+        self._worker: _Worker | None = None
+
+    def __iter__(self) -> ActivationStream:
+        return self
+
+    def __next__(self) -> Float[Tensor, "batch width"]:
+        if self._worker is None:
+            self._worker = _Worker(self._batches(), self.prefetch_batches)
+        try:
+            batch = self._worker.get()
+        except BaseException:
+            self.close()
+            raise
+        self.n_batches += 1
+        return torch.from_numpy(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position and what it is a position in; plain JSON data."""
+        return {"n_batches": self.n_batches, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batch that `state` was taken at; `ValueError` names what differs from this stream."""
+        identity = {name: value for name, value in state.items() if name != "n_batches"}
+        if changed := changed_fields(identity, self._identity()):
+            raise ValueError(
+                f"the saved position belongs to another stream ({'; '.join(changed)}); use the same store and config"
+            )
+        self.close()
+        self.n_batches = int(state["n_batches"])
+
+    def close(self) -> None:
+        """Stop the thread; the stream can be read on, from where it is."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def __enter__(self) -> ActivationStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "window_blocks": self.window_blocks,
+            "source": self.source.hash,
+        }
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        return _shuffled_batches(self.source, self.batch_size, self.seed, self.window_blocks, self.n_batches)
+
+
+class _Job(NamedTuple):
+    """One harvest under way."""
+
+    config: HarvestConfig
+    out: Path
+    subject: Subject
+    site: Site
+
+    @property
+    def first(self) -> int:
+        """Position of the first token kept of each context."""
+        return 0 if self.config.keep_first_token else 1
+
+
+def _harvest(config: HarvestConfig, out: Path) -> None:
+    started = time.perf_counter()
+    subject = Subject.load(config.model, revision=config.revision, dtype=config.dtype, device=config.device)
+    if config.context_length > subject.max_context:
+        raise ValueError(
+            f"context_length is {config.context_length}; {subject.name} reads at most {subject.max_context}: lower it"
+        )
+    job = _Job(config, out, subject, subject.site(config.layer, config.location, config.revision))
+    sources = {"subject": subject.hash, "tokenizer": subject.tokenizer_hash, "corpus": corpus_hash(config.corpus)}
+    _start_or_resume(out, config, sources)
+    splits, sidecars = {}, {}
+    for split in SPLITS:
+        splits[split], sidecars[split] = _harvest_split(job, split)
+    facts = {
+        "subject": subject.name,
+        "site": dataclasses.asdict(job.site),
+        "width": subject.site_width(job.site),
+        "dtype": config.dtype,
+        "mean": _write_mean(out, sidecars["train"]),
+        "norms": _norms([*sidecars["train"], *sidecars["held_out"]]),
+        "splits": splits,
+    }
+    artifacts.write_json(out / "manifest.json", artifacts.manifest(KIND, to_dict(config), sources, **facts))
+    n_rows = sum(split["n_rows"] for split in splits.values())
+    log.info(
+        "store %s is complete: %d activations of %s in %.0f s", out, n_rows, job.site, time.perf_counter() - started
+    )
+
+
+def _start_or_resume(out: Path, config: HarvestConfig, sources: dict[str, str]) -> None:
+    """Write the plan, or check that it is the same; clear away what a killed process was writing."""
+    if (out / "plan.json").exists():
+        _require_same(out, artifacts.read_manifest(out / "plan.json", PLAN_KIND), config, sources)
+        log.info("resuming the harvest in %s", out)
+    else:
+        artifacts.write_json(out / "plan.json", artifacts.manifest(PLAN_KIND, to_dict(config), sources))
+    for leftover in out.rglob(".*.tmp"):  # the lock is ours, so nobody else is writing
+        leftover.unlink()
+
+
+def _require_same(out: Path, made_by: dict[str, Any], config: HarvestConfig, sources: dict[str, str]) -> None:
+    """`ValueError` naming the fields and sources in which a store differs from what is asked for now."""
+    old, new = ({k: v for k, v in c.items() if k not in _FREE_FIELDS} for c in (made_by["config"], to_dict(config)))
+    changed = changed_fields(old, new) + changed_fields({k: made_by["sources"].get(k) for k in sources}, sources)
+    if changed:
+        raise ValueError(
+            f"{out} holds another harvest ({'; '.join(changed)}); choose another out, or go back to the old"
+        )
+
+
+def _local_corpus(config: HarvestConfig) -> dict[str, str]:
+    """The corpus's hash where it is cheap to see whether it changed: a file of the user's that is still there."""
+    there = is_local(config.corpus) and Path(config.corpus).exists()
+    return {"corpus": corpus_hash(config.corpus)} if there else {}
+
+
+def _harvest_split(job: _Job, split: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Write what is missing of one split; its entry in the manifest, and the sidecars of its shards."""
+    config = job.config
+    block_rows = config.block_contexts * (config.context_length - job.first)
+    n_blocks = -(-(config.n_tokens if split == "train" else config.n_tokens_held_out) // block_rows)
+    found = contexts(
+        config.corpus,
+        job.subject.tokenizer,
+        context_length=config.context_length,
+        n_contexts=n_blocks * config.block_contexts,
+        held_out=split == "held_out",
+        held_out_fraction=config.held_out_fraction,
+        seed=config.seed,
+    )
+    artifacts.write_json(job.out / split / "documents.json", found.document_hashes)
+    sidecars = _write_shards(job, split, found, n_blocks)
+    entry = {
+        "n_blocks": n_blocks,
+        "n_rows": n_blocks * block_rows,
+        "n_contexts": len(found.tokens),
+        "n_excluded": len(found.tokens) * job.first,
+        "n_documents": len(found.document_hashes),
+        "documents": _file_facts(job.out, job.out / split / "documents.json"),
+        "shards": [{name: sidecar[name] for name in ("file", "sha256", "bytes", "n_rows")} for sidecar in sidecars],
+    }
+    return entry, sidecars
+
+
+def _write_shards(job: _Job, split: str, found: Contexts, n_blocks: int) -> list[dict[str, Any]]:
+    """The sidecars of all shards of the split, after writing the shards that are missing."""
+    files = [f"{split}/shard-{i:05d}.safetensors" for i in range(-(-n_blocks // job.config.shard_blocks))]
+    done = {file: sidecar for file in files if (sidecar := _finished_sidecar(job.out, file))}
+    shard_of = {block: files[block // job.config.shard_blocks] for block in range(n_blocks)}
+    todo = [block for block in range(n_blocks) if shard_of[block] not in done]
+    each, total = job.config.block_contexts * job.config.context_length, found.tokens.numel()
+    shown = progress(todo, f"harvest {split}", "tok", total=total, each=each, start=total - len(todo) * each)
+    started = time.perf_counter()
+    for file, blocks in itertools.groupby(shown, key=lambda block: shard_of[block]):
+        done[file] = _write_shard(job, file, [_block_tensors(job, split, found, block) for block in blocks])
+    elapsed_s = time.perf_counter() - started
+    if todo:
+        log.info("%s: %d tokens at %.0f tokens/s", split, len(todo) * each, len(todo) * each / elapsed_s)
+    return [done[file] for file in files]
+
+
+def _block_tensors(job: _Job, split: str, found: Contexts, block: int) -> dict[str, Tensor]:
+    """One forward pass: `captured` [contexts, ctx, width] in the store's dtype, and the contexts; all finite."""
+    start = block * job.config.block_contexts
+    here = slice(start, start + job.config.block_contexts)
+    captured = _captured(job.subject, job.site, found.tokens[here]).to(_DTYPES[job.config.dtype])
+    if not torch.isfinite(captured).all():
+        context, token = (~torch.isfinite(captured)).any(dim=2).nonzero()[0].tolist()
+        document = found.document_hashes[int(found.documents[start + context, token])]
+        raise ValueError(
+            f"activations of {job.site} are not finite at {split} context {start + context}, token {token} (document "
+            f"{document}, position {found.positions[start + context, token]}); try dtype float32 or another layer"
+        )
+    return {"captured": captured, **{name: getattr(found, name)[here] for name in _ADDRESS}}
+
+
+def _captured(subject: Subject, site: Site, tokens: Int[Tensor, "n ctx"]) -> Float[Tensor, "n ctx width"]:
+    return subject.capture(tokens, site).cpu()
+
+
+def _write_shard(job: _Job, file: str, blocks: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Write the blocks as one shard, then its sidecar, which is returned."""
+    whole = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+    captured = whole.pop("captured")
+    rows = captured[:, job.first :].reshape(-1, captured.shape[2])
+    payload = save({"activations": rows, **whole})  # as bytes, so that a full disk is Python's own OSError
+    _write_bytes(job.out / file, payload)
+    norms = captured.double().norm(dim=2)
+    row_norms = norms[:, job.first :]
+    sidecar = {
+        "file": file,
+        "sha256": hashlib.sha256(payload).hexdigest(),
+        "bytes": len(payload),
+        "n_rows": len(rows),
+        "n_contexts": len(captured),
+        "sum": rows.double().sum(dim=0).tolist(),
+        "norm_sum": row_norms.sum().item(),
+        "first_norm_sum": norms[:, 0].sum().item(),
+        "n_large": int((row_norms > LARGE_NORM * row_norms.median()).sum()),
+    }
+    artifacts.write_json((job.out / file).with_suffix(".json"), sidecar)
+    return sidecar
+
+
+def _finished_sidecar(out: Path, file: str) -> dict[str, Any] | None:
+    """The sidecar of a shard that is there and whole, else None: the shard is to be written (again)."""
+    path = out / file
+    try:
+        sidecar = json.loads(path.with_suffix(".json").read_text("utf-8"))
+        if sha256_file(path) == sidecar["sha256"]:
+            return sidecar
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        log.debug("%s: %r", path.with_suffix(".json"), error)
+    log.warning("%s is damaged and is harvested again", path)
+    return None
+
+
+def _write_mean(out: Path, train: list[dict[str, Any]]) -> dict[str, Any]:
+    total = np.sum([sidecar["sum"] for sidecar in train], axis=0)
+    mean = torch.from_numpy(total / sum(sidecar["n_rows"] for sidecar in train))
+    _write_bytes(out / "mean.safetensors", save({"mean": mean}))
+    return _file_facts(out, out / "mean.safetensors")
+
+
+def _norms(sidecars: list[dict[str, Any]]) -> dict[str, float]:
+    """How far attention sinks stand out: mean norms of first tokens and of rows, and how many rows look like sinks."""
+    names = ("first_norm_sum", "n_contexts", "norm_sum", "n_rows", "n_large")
+    sums = {name: sum(sidecar[name] for sidecar in sidecars) for name in names}
+    first, rows = sums["first_norm_sum"] / sums["n_contexts"], sums["norm_sum"] / sums["n_rows"]
+    log.info("mean norm of the first token of a context %.4g, of the rows %.4g", first, rows)
+    log.info("%d of %d rows are over %g times the median norm", sums["n_large"], sums["n_rows"], LARGE_NORM)
+    return {"first_token_mean": first, "rows_mean": rows, "n_rows_large": sums["n_large"]}
+
+
+def _file_facts(out: Path, path: Path) -> dict[str, Any]:
+    return {"file": path.relative_to(out).as_posix(), "sha256": sha256_file(path), "bytes": path.stat().st_size}
+
+
+def _write_bytes(path: Path, payload: bytes) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(payload)
+
+    artifacts.write_atomic(path, write)
+
+
+def _check_size(path: Path, n_bytes: int) -> None:
+    found = path.stat().st_size if path.exists() else None
+    if found != n_bytes:
+        state = "is missing" if found is None else f"has {found} bytes, not {n_bytes}"
+        raise ValueError(f"{path} {state}; {_REPAIR}")
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    if sha256_file(path) != expected:
+        raise ValueError(f"{path} does not match the sha256 in the store's manifest; {_REPAIR}")
+
+
+def _hash(parts: list[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _shuffled_batches(
+    source: Source, batch_size: int, seed: int, window_blocks: int, start: int
+) -> Iterator[np.ndarray]:
+    """Batch `start` and all after it, as fp32 (see ActivationStream)."""
+    epoch, skip = divmod(start * batch_size, source.n_blocks * source.block_rows)
+    batch = np.empty((batch_size, source.width), dtype=np.float32)
+    filled = 0
+    for rows, order in _windows(source, seed, window_blocks, epoch, skip):
+        taken = 0
+        while taken < len(order):
+            n = min(batch_size - filled, len(order) - taken)
+            _gather_fp32(rows, order[taken : taken + n], batch[filled : filled + n])
+            taken, filled = taken + n, filled + n
+            if filled == batch_size:
+                yield batch
+                batch, filled = np.empty_like(batch), 0
+
+
+def _windows(
+    source: Source, seed: int, window_blocks: int, epoch: int, skip: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows, order) of the windows from row `skip` of `epoch` on, for ever; windows wholly skipped are not read."""
+    n_windows = -(-source.n_blocks // window_blocks)
+    while True:
+        for window, blocks in enumerate(np.array_split(_permutation(source.n_blocks, seed, epoch), n_windows)):
+            n_rows = len(blocks) * source.block_rows
+            if skip < n_rows:
+                rows = _window_rows(source, blocks)
+                yield rows, _permutation(n_rows, seed, epoch, window)[skip:]
+            skip = max(0, skip - n_rows)
+        epoch += 1
+
+
+def _window_rows(source: Source, blocks: np.ndarray) -> np.ndarray:
+    """The blocks' rows, one after the other: fp32, or the bits of bf16 as uint16 (numpy has no bf16)."""
+    rows: np.ndarray | None = None
+    for i, block in enumerate(blocks):
+        tensor = source.block(int(block)).contiguous()
+        bits = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor.float()).numpy()
+        if rows is None:
+            rows = np.empty((len(blocks) * source.block_rows, source.width), dtype=bits.dtype)
+        rows[i * source.block_rows : (i + 1) * source.block_rows] = bits
+    assert rows is not None
+    return rows
+
+
+def _gather_fp32(rows: np.ndarray, order: np.ndarray, into: np.ndarray) -> None:
+    """into[i] = rows[order[i]]. numpy, not torch: torch would start a second pool of threads beside training's."""
+    if rows.dtype == np.float32:
+        np.take(rows, order, axis=0, out=into, mode="clip")
+    else:  # bf16 is the upper half of fp32
+        np.left_shift(rows[order], 16, out=into.view(np.uint32), dtype=np.uint32)
+
+
+def _permutation(n: int, *seeds: int) -> np.ndarray:
+    """A permutation drawn from the seeds. Sorted raw bits of Philox: numpy fixes those, not `Generator.permutation`."""
+    return np.argsort(np.random.Philox(np.random.SeedSequence(seeds)).random_raw(n), kind="stable")
+
+
+class _Worker:
+    """A thread that runs an iterator ahead of its reader by a bounded number of items."""
+
+    def __init__(self, items: Iterator[Any], ahead: int) -> None:
+        self.stop = threading.Event()
+        self.queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(ahead)
+        self.thread = threading.Thread(target=_run_ahead, args=(items, self.queue, self.stop), daemon=True)
+        weakref.finalize(self, self.stop.set)  # a stream dropped without close() ends its thread too
+        self.thread.start()
+
+    def get(self) -> Any:
+        item, error = self.queue.get()
+        if error is not None:
+            raise error
+        return item
+
+    def close(self) -> None:
+        self.stop.set()
+        self.thread.join()
+
+
+def _run_ahead(
+    items: Iterator[Any], results: queue.Queue[tuple[Any, BaseException | None]], stop: threading.Event
+) -> None:
+    try:
+        for item in items:
+            if not _put(results, (item, None), stop):
+                return
+    except BaseException as error:  # raised again where the item is asked for
+        _put(results, (None, error), stop)
+
+
+def _put(results: queue.Queue[Any], result: Any, stop: threading.Event) -> bool:
+    """Whether the result was taken before the stop."""
+    while not stop.is_set():
+        try:
+            results.put(result, timeout=0.1)
+            return True
+        except queue.Full:
+            continue
+    return False

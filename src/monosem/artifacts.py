@@ -1,0 +1,128 @@
+"""Folders on disk that stages meet through: atomic files, hashes, manifests, locks.
+
+A file is either whole or absent: it is written beside its place, flushed to disk, then renamed.
+Every folder carries a manifest that says what made it, so that a stage can be skipped, resumed or refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+_HASH_CHUNK = 1 << 22
+
+
+def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Make `path` by `write(temporary)`; on any failure nothing is left behind and an old file stays as it was.
+
+    Raises `OSError` naming the file when the disk is full or the file-size limit is hit.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        _fsync(temporary)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                error.errno,
+                f"no room to write {path} ({error.strerror}); free some space and run the same command again",
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Atomically write `data` as indented JSON (NaN is an error: JSON has none)."""
+    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+    write_atomic(path, lambda temporary: _write_text(temporary, text))
+
+
+def read_json(path: str | Path) -> Any:
+    """The JSON in `path`; `ValueError` when it is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); delete it or restore it from a copy") from None
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def manifest(kind: str, config: dict[str, Any], sources: dict[str, str], **facts: Any) -> dict[str, Any]:
+    """What made a folder: its kind and format, the config, its sources' hashes, the versions, and `facts`."""
+    return {
+        "kind": kind,
+        "format": FORMAT_VERSION,
+        "config": config,
+        "sources": sources,
+        "versions": versions(),
+        **facts,
+    }
+
+
+def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
+    """The manifest in `path`, checked for kind and format; `ValueError` says which differs."""
+    data = read_json(path)
+    if not isinstance(data, dict) or data.get("kind") != kind:
+        found = data.get("kind") if isinstance(data, dict) else type(data).__name__
+        raise ValueError(f"{path} describes {found!r}, not {kind!r}; give the folder of a {kind}")
+    if data.get("format") != FORMAT_VERSION:
+        raise ValueError(f"{path} has format {data.get('format')}; this version reads format {FORMAT_VERSION}")
+    return data
+
+
+def versions() -> dict[str, str]:
+    """Versions of what results depend on, without importing any of it."""
+    found = {"python": platform.python_version()}
+    for name in ("monosem", "torch", "transformers", "tokenizers", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+@contextlib.contextmanager
+def folder_lock(folder: str | Path) -> Iterator[None]:
+    """Hold `folder` for this process; `ValueError` when another process works in it. A killed holder frees it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process is working in {folder}; wait for it or choose another folder") from None
+        yield
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, "utf-8")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,59 @@
+"""The training state on disk: one safetensors file and one JSON file that points at it, both atomic.
+
+`latest.json` names the state file and its sha256 and is replaced only after that file is whole; a kill at any moment
+leaves the previous state in force.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from monosem import artifacts
+from monosem.model import load_checked
+from monosem.step import TrainState
+from monosem.types import OptimizerState, Weights
+
+
+def save_state(folder: str | Path, state: TrainState, facts: dict[str, Any]) -> None:
+    """Write `state` and the JSON-able `facts` of the run, then forget the state before it."""
+    folder = Path(folder)
+    name = f"state-{state.step:08d}.safetensors"
+    tensors = {key: value.cpu().contiguous() for key, value in _tensors(state).items()}
+    artifacts.write_atomic(folder / name, lambda temporary: save_file(tensors, temporary))
+    pointer = {"file": name, "sha256": artifacts.sha256_file(folder / name), "step": state.step, **facts}
+    artifacts.write_json(folder / "latest.json", artifacts.manifest("training-state", {}, {}, **pointer))
+    for old in folder.glob("state-*.safetensors"):
+        if old.name != name:
+            old.unlink()
+
+
+def load_state(folder: str | Path, device: torch.device) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest state and its facts, or None when nothing was saved; `ValueError` when it is damaged."""
+    folder = Path(folder)
+    if not (folder / "latest.json").exists():
+        return None
+    facts = artifacts.read_manifest(folder / "latest.json", "training-state")
+    path = folder / facts["file"]
+    if not path.exists() or artifacts.sha256_file(path) != facts["sha256"]:
+        raise ValueError(f"{path} is missing or damaged (checksum); delete {folder} to train again from the start")
+    names = {f"{part}.{name}" for part in ("weights", "first", "second") for name in Weights._fields}
+    averages = {f"average.{name}" for name in Weights._fields} if facts["ema"] else set()
+    found = load_checked(path, names | averages | {"tokens_since_fired", "n_auxk_dropped"})
+    found = {key: value.to(device) for key, value in found.items()}
+    parts = {
+        part: Weights(*(found[f"{part}.{name}"] for name in Weights._fields)) for part in ("weights", "first", "second")
+    }
+    average = Weights(*(found[f"average.{name}"] for name in Weights._fields)) if averages else None
+    optimizer = OptimizerState(parts["first"], parts["second"], average)
+    state = TrainState(facts["step"], parts["weights"], optimizer, found["tokens_since_fired"], found["n_auxk_dropped"])
+    return state, facts
+
+
+def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
+    parts = {"weights": state.weights, **{k: v for k, v in state.optimizer._asdict().items() if v is not None}}
+    tensors = {f"{part}.{name}": w for part, weights in parts.items() for name, w in weights._asdict().items()}
+    return {**tensors, "tokens_since_fired": state.tokens_since_fired, "n_auxk_dropped": state.n_auxk_dropped}

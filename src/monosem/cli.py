@@ -1,0 +1,142 @@
+"""The command `monosem`: one subcommand a stage, flags named after the config's fields.
+
+Results go to stdout; logs and progress to stderr. A mistake is one line and exit code 2, an interruption 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import os
+import re
+import sys
+from typing import Any
+
+import tyro
+
+from monosem import __version__, config, logs
+
+log = logging.getLogger("monosem")
+
+_STAGES: dict[str, type] = {
+    "run": config.RunConfig,
+    "harvest": config.HarvestConfig,
+    "train": config.TrainConfig,
+    "eval": config.EvalConfig,
+}
+_POSITIONAL = {"eval": "run"}
+
+_USAGE = f"""monosem {__version__}: sparse autoencoders of a language model's activations, trained and measured.
+
+usage: monosem COMMAND [--config FILE.json] [flags]
+
+  run       the main job in one folder: harvest, train, evaluate
+  harvest   text -> tokens -> activations, kept in a store
+  train     activations -> autoencoder
+  eval RUN  autoencoder -> numbers on held-out text        (--json: one JSON object on stdout)
+
+`monosem COMMAND --help` lists the flags. --config gives their defaults; flags win.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE, file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    logs.show_progress(True)
+    try:
+        return _command(argv[0], argv[1:])
+    except BrokenPipeError:  # the reader of our output went away (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError) as error:
+        if os.environ.get("MONOSEM_DEBUG"):
+            raise
+        print(f"monosem: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"\nmonosem: {stop or 'stopped; run the same command to go on'}", file=sys.stderr)
+        return 130
+
+
+def _command(name: str, argv: list[str]) -> int:
+    if name not in _STAGES:
+        raise ValueError(f"there is no command {name!r}; choose one of {', '.join(_STAGES)} (monosem --help)")
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--config")
+    own.add_argument("--json", action="store_true")
+    ours, rest = own.parse_known_args(argv)
+    if ours.json and name not in ("eval", "run"):
+        raise ValueError(f"--json has no effect on `monosem {name}`; leave it out")
+    if name in _POSITIONAL and rest and not rest[0].startswith("-"):
+        rest = [f"--{_POSITIONAL[name]}", *rest]
+    stage = _parse(name, _STAGES[name], ours.config, rest)
+    if name == "harvest":
+        from monosem.activations import harvest
+
+        store = harvest(stage)
+        print(
+            f"{store.n_rows('train'):,} training and {store.n_rows('held_out'):,} held-out activations in {stage.out}"
+        )
+    elif name == "train":
+        from monosem.training import train
+
+        train(stage)
+        print(f"autoencoder in {stage.out}/autoencoder; its numbers: monosem eval {stage.out}")
+    else:
+        _report(name, stage, as_json=ours.json)
+    return 0
+
+
+def _report(name: str, stage: Any, *, as_json: bool) -> None:
+    from monosem.evals import evaluate, table
+
+    if name == "eval":
+        report = evaluate(stage)
+    else:
+        from monosem.main_job import run
+
+        report = run(stage)
+    if as_json:
+        print(json.dumps(report))
+        return
+    print(table(report))
+    if name == "run":
+        print("\nseconds: " + ", ".join(f"{k} {v:g}" for k, v in report["seconds"].items()))
+        print(f"everything is under {stage.out}; the released autoencoder is {stage.out}/autoencoder")
+
+
+def _parse(name: str, kind: type, config_file: str | None, argv: list[str]) -> Any:
+    """The config from `--config` (if any) with the flags on top; a wrong flag is a `ValueError` in tyro's words."""
+    from monosem.artifacts import read_json
+
+    default: Any = None
+    if config_file is not None:
+        default = config.from_dict(kind, read_json(config_file))
+    elif not any(f.default is dataclasses.MISSING for f in dataclasses.fields(kind)):
+        default = kind()
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, prog=f"monosem {name}", args=argv, default=default)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        words = re.sub(r"[\s─╭╮╰╯│]+", " ", complaint.getvalue())  # tyro draws a box; a mistake is one line here
+        words = re.sub(r"^ (Value error|Unrecognized options|Required options|Parsing error) ", "", words)
+        raise ValueError(f"{words.split('For full helptext')[0].strip()} (monosem {name} --help)") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""What each stage is told: one frozen dataclass a stage, strict JSON in and out.
+
+Building a config touches nothing (no file, network, device or random state); it only checks that the
+values can be meant. Every mistake is a `ValueError` that says what was given, what is allowed, what to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+DEFAULT_MODEL = "smollm2-135m-instruct-q4_1"
+DEFAULT_CORPUS = "sae-probes-text"
+
+Dtype = Literal["bfloat16", "float32"]
+Activation = Literal["topk", "relu"]
+Impl = Literal["auto", "reference", "torch", "native"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class HarvestConfig:
+    """Text -> tokens -> activations, kept in a store on disk (`monosem.harvest`)."""
+
+    out: str
+    """Folder of the activation store."""
+    model: str = DEFAULT_MODEL
+    """The subject: a named model, a hub id, a folder, or a .gguf file."""
+    revision: str | None = None
+    """Hub revision of the subject (branch, tag or commit)."""
+    layer: int | None = None
+    """0-based block; default ceil(0.75 L) - 1, three quarters of the depth (Gao et al. 2024, section 1)."""
+    location: str = "resid_post_mlp"
+    """resid_post_mlp, resid_post_attn, resid_delta_mlp, resid_delta_attn, mlp_post_act, or a dotted module name."""
+    corpus: str = DEFAULT_CORPUS
+    """A named corpus, hf:DATASET[:CONFIG[:SPLIT]], or a local .txt, .jsonl, .parquet file or a folder of them."""
+    context_length: int = 64
+    """Tokens a context (64 in the paper)."""
+    n_tokens: int = 393_216
+    """Training activations to harvest (rounded up to whole blocks of contexts)."""
+    n_tokens_held_out: int = 32_768
+    """Held-out activations, from documents that training never sees."""
+    held_out_fraction: float = 0.05
+    """Share of documents, chosen by their hash, that are held out."""
+    keep_first_token: bool = False
+    """Keep position 0 of each context (the attention sink, whose norm is ~100x the rest)."""
+    dtype: Dtype = "bfloat16"
+    """Precision of the subject's forward pass and of the store."""
+    block_contexts: int = 64
+    """Contexts in one forward pass; also the unit of shuffling and of reading."""
+    shard_blocks: int = 8
+    """Blocks in one file of the store."""
+    seed: int = 0
+    """Order of the documents."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 2, "context_length")
+        _at_least(self, 1, "n_tokens", "n_tokens_held_out", "block_contexts", "shard_blocks")
+        _one_of(self, "dtype", Dtype)
+        if not 0 < self.held_out_fraction < 1:
+            raise ValueError(f"held_out_fraction is {self.held_out_fraction}; give a share between 0 and 1")
+        if self.layer is not None and self.layer < 0:
+            raise ValueError(f"layer is {self.layer}; layers count from 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Activations -> autoencoder (`monosem.train`). The recipe is Gao et al. 2024, section 2."""
+
+    out: str
+    """Run folder: training state, metrics.jsonl and the released autoencoder go here."""
+    store: str
+    """Activation store to train on."""
+    n_latents: int = 8192
+    k: int = 32
+    """Latents kept per token (TopK)."""
+    activation: Activation = "topk"
+    n_tokens: int = 1_048_576
+    """Token-visits to train for (the store is read again, in a new order, as often as needed)."""
+    batch_size: int = 2048
+    """Tokens a step."""
+    lr: float | None = None
+    """Adam's step size; default: `step.default_lr`, which falls with 1/sqrt(n_latents)."""
+    lr_warmup_steps: int = 0
+    """Steps over which lr rises linearly from 0."""
+    auxk: int | None = None
+    """Dead latents that model the error (AuxK); default: the power of two nearest d_model/2; 0 turns AuxK off."""
+    auxk_coef: float = 1 / 32
+    dead_tokens_threshold: int | None = None
+    """Tokens without firing after which a latent is dead; default: `step.default_dead_tokens_threshold`."""
+    l1_coef: float = 0.0
+    """lambda of ReLU + L1."""
+    l1_warmup_steps: int = 0
+    """Steps over which l1_coef rises linearly from 0."""
+    tied_init: bool = True
+    """Start the encoder as the decoder's transpose."""
+    ema: float | None = None
+    """Coefficient of the weights' moving average; default min(0.999, 1 - 20/steps); 0 turns it off."""
+    clip_norm: float | None = None
+    """Clip the gradient's norm over all parameters; default: no clipping."""
+    precision: Precision = "auto"
+    """Precision of the encoder product that selects latents; their values are always fp32. The native kernels select
+    the same latents at any precision, and auto is bf16 where the CPU has it; the torch kernels take auto as fp32."""
+    seed: int = 0
+    device: str = "auto"
+    impl: Impl = "auto"
+    """Kernels of the step: auto, reference (dense, slow, the definition), torch, native."""
+    log_every_steps: int = 10
+    save_every_s: float = 60.0
+    """Seconds between saves of the training state."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "n_latents", "k", "n_tokens", "batch_size", "log_every_steps")
+        if self.auxk is not None:
+            _at_least(self, 0, "auxk")
+        _at_least(self, 0, "lr_warmup_steps", "l1_warmup_steps", "auxk_coef", "l1_coef", "save_every_s")
+        _one_of(self, "activation", Activation)
+        _one_of(self, "impl", Impl)
+        _one_of(self, "precision", Precision)
+        if self.activation == "topk" and self.k > self.n_latents:
+            raise ValueError(f"k is {self.k} but there are only {self.n_latents} latents; lower k or raise n_latents")
+        if self.activation == "topk" and self.l1_coef:
+            raise ValueError("l1_coef has no effect with activation=topk; leave it at 0 or choose activation=relu")
+        if self.activation == "relu" and self.auxk:
+            raise ValueError("auxk has no effect with activation=relu; leave it unset or choose activation=topk")
+        if self.n_tokens < self.batch_size:
+            raise ValueError(f"n_tokens is {self.n_tokens}, less than one batch of {self.batch_size}; raise n_tokens")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema}; give a coefficient in [0, 1)")
+        for name in ("lr", "clip_norm", "dead_tokens_threshold"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; give a positive number or leave it unset")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Autoencoder -> numbers on held-out text (`monosem.evaluate`)."""
+
+    run: str
+    """Run folder (with autoencoder/ in it) or the folder of a released autoencoder."""
+    store: str | None = None
+    """Activation store with held-out tokens; default: the one the run was trained on."""
+    n_tokens_downstream: int = 16_384
+    """Held-out tokens on which the subject is run with and without the reconstruction."""
+    n_bootstrap: int = 1000
+    """Resamples of contexts behind each 95% interval."""
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "n_tokens_downstream")
+        _at_least(self, 20, "n_bootstrap")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The main job: harvest, train, evaluate in one folder (`monosem run`)."""
+
+    out: str = "runs/demo"
+    harvest: HarvestConfig = field(default_factory=lambda: HarvestConfig(out=""))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(out="", store=""))
+    eval: EvalConfig = field(default_factory=lambda: EvalConfig(run=""))
+
+    def __post_init__(self) -> None:
+        if self.harvest.out or self.train.out or self.train.store or self.eval.run or self.eval.store:
+            raise ValueError(
+                "the stages' folders follow from out (OUT, OUT/store); leave harvest.out, train.out, ... unset"
+            )
+
+
+C = TypeVar("C")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain JSON data, every field present."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[C], data: dict[str, Any]) -> C:
+    """The config in `data`; `ValueError` on unknown, missing or ill-typed keys (nothing is ignored)."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{kind.__name__} must be a JSON object, not {type(data).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(kind)
+    if unknown := sorted(set(data) - set(fields)):
+        raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(fields))}")
+    if missing := sorted(set(fields) - set(data)):
+        raise ValueError(f"{kind.__name__} lacks {', '.join(missing)}; every field must be there")
+    return kind(**{name: _checked(kind, name, hints[name], value) for name, value in data.items()})
+
+
+def config_hash(config: Any) -> str:
+    """sha256 of the config's canonical JSON."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+
+
+def changed_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Names of the fields that differ, as `name: old -> new`."""
+    return [
+        f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n)
+    ]
+
+
+def _checked(kind: type, name: str, hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value)  # type: ignore[arg-type]
+    allowed = typing.get_args(hint) if typing.get_origin(hint) is not None else (hint,)
+    if typing.get_origin(hint) is Literal:
+        if value not in allowed:
+            raise ValueError(f"{kind.__name__}.{name} is {value!r}; choose one of {', '.join(map(str, allowed))}")
+        return value
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not any(type(value) is a for a in allowed):
+        names = " or ".join(getattr(a, "__name__", str(a)) for a in allowed)
+        raise ValueError(f"{kind.__name__}.{name} is {value!r}; it must be {names}")
+    return value
+
+
+def _at_least(config: Any, low: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not value >= low:
+            raise ValueError(f"{name} is {value}; it must be at least {low}")
+
+
+def _one_of(config: Any, name: str, choices: Any) -> None:
+    value, allowed = getattr(config, name), typing.get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")

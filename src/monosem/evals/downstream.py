@@ -1,0 +1,176 @@
+"""What does the subject lose when it reads the reconstruction in place of its own activations?
+
+The subject runs in float32 on held-out contexts: as it is, with the reconstruction at the site, with the training
+mean there (mean-ablation, raw space) and with zeros (zero-ablation). The numbers to read are delta_ce and kl; the
+ablations give them a scale, on which zero-ablation flatters (Gao et al. 2024, section 4.1).
+
+Position 0 of a context, the attention sink, is left out of training by default. It then keeps its original
+activation in every patched forward, the ablations' too, and the prediction made there (of token 1) is left out of
+every sum. Position t predicts token t + 1, so a context of T tokens gives T - 2 predictions (T - 1 with position 0).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from monosem.evals.bootstrap import Statistic, as_metric, bootstrap, clusters_of, ratio
+from monosem.logs import progress
+from monosem.model import Autoencoder
+from monosem.subject import FAMILIES, Replace, Subject
+from monosem.types import LOCATIONS, Metric, Site
+
+_LOGITS_BYTES = 1 << 28  # of one forward; two are alive at once
+_SLICE_BYTES = 1 << 22  # of the logits compared at once: the passes over the vocabulary then stay in the caches
+
+_TOKENS = 0  # the first column of the sums; then for each variant, in the order of _replacements:
+_CE, _DELTA_CE, _KL, _AGREES = range(4)
+_PER_VARIANT = 4
+
+
+def metrics(
+    subject: Subject,
+    autoencoder: Autoencoder,
+    site: Site,
+    tokens: Int[Tensor, "n_contexts context_length"],
+    documents: Int[Tensor, "n_contexts context_length"],
+    mean: Float[Tensor, " width"],
+    *,
+    first_position: int,
+    n_resamples: int,
+    seed: int,
+) -> list[Metric]:
+    """ce_original; delta_ce and kl of the reconstruction and of both ablations; top1_agreement; loss_recovered_*.
+
+    `mean` is the training mean in raw space, `first_position` the first position of a context that is patched and
+    counted. Intervals resample documents, the same ones for every number. `ValueError` when a context leaves no
+    prediction to count, or a number is not finite.
+    """
+    if tokens.shape[1] - 1 - first_position < 1:
+        raise ValueError(f"contexts of {tokens.shape[1]} tokens leave no prediction to count; harvest longer contexts")
+    replacements = _replacements(autoencoder, mean, first_position)
+    sums = _sums(subject, site, tokens, clusters_of(documents), replacements, first_position)
+    n = int(sums[:, _TOKENS].sum())
+
+    def metric(name: str, statistic: Statistic, unit: str) -> Metric:
+        return as_metric(name, bootstrap(sums, statistic, n_resamples=n_resamples, seed=seed), unit=unit, n=n)
+
+    found = [metric("ce_original", ratio(_column(0, _CE), _TOKENS), "nats per token")]
+    for variant, name in enumerate(replacements):
+        suffix = "" if name == "recons" else f"_{name}"
+        found.append(metric(f"delta_ce{suffix}", ratio(_column(variant, _DELTA_CE), _TOKENS), "nats per token"))
+        found.append(metric(f"kl{suffix}", ratio(_column(variant, _KL), _TOKENS), "nats per token"))
+    found.append(metric("top1_agreement", ratio(_column(0, _AGREES), _TOKENS), "fraction of tokens"))
+    for variant, name in ((1, "loss_recovered_mean"), (2, "loss_recovered_zero")):
+        recovered = _recovered(_column(0, _DELTA_CE), _column(variant, _DELTA_CE))
+        found.append(metric(name, recovered, "fraction of the ablation's delta_ce"))
+    return found
+
+
+def _replacements(autoencoder: Autoencoder, mean: Tensor, first_position: int) -> dict[str, Replace]:
+    """What is put at the site, by variant; the positions before `first_position` stay as they are."""
+
+    def patched(new: Callable[[Tensor], Tensor]) -> Replace:
+        return lambda x: torch.cat([x[:, :first_position], new(x[:, first_position:])], dim=1)
+
+    return {
+        "recons": patched(autoencoder),
+        "mean_ablation": patched(lambda x: mean.to(x.device, x.dtype).expand_as(x)),
+        "zero_ablation": patched(torch.zeros_like),
+    }
+
+
+@torch.no_grad()
+def _sums(
+    subject: Subject,
+    site: Site,
+    tokens: Tensor,
+    clusters: Tensor,
+    replacements: dict[str, Replace],
+    first_position: int,
+) -> Float[Tensor, "n_clusters n_sums"]:
+    """Float64 sums over the predictions of each cluster: 1, then CE, ΔCE, KL, [same top token] of each variant."""
+    context_length = tokens.shape[1]
+    largest = max(1, _LOGITS_BYTES // (4 * subject.vocab_size * context_length))
+    batch = -(-len(tokens) // -(-len(tokens) // largest))  # as few batches as fit, of nearly equal size
+    starts, each = range(0, len(tokens), batch), batch * context_length
+    sums = torch.zeros(int(clusters.max()) + 1, _column(len(replacements), 0), dtype=torch.float64)
+    for start in progress(starts, "downstream", "tok", total=len(starts) * each, each=each):
+        part = tokens[start : start + batch]
+        with _lower_blocks_run_once(subject, site):
+            original = subject.logits(part)
+            compared = [
+                _compare(original, subject.run_with(part, site, replace), part, first_position)
+                for replace in replacements.values()
+            ]
+        ones = torch.ones(*compared[0].shape[:2], 1, dtype=torch.float64)
+        sums.index_add_(0, clusters[start : start + batch], torch.cat([ones, *compared], dim=-1).sum(1))
+    return sums
+
+
+def _compare(
+    original: Float[Tensor, "batch context_length vocab"],
+    patched: Float[Tensor, "batch context_length vocab"],
+    tokens: Int[Tensor, "batch context_length"],
+    first_position: int,
+) -> Float[Tensor, "batch n_predictions 4"]:
+    """CE(original), ΔCE, KL(original || patched) in nats, and whether both have the same top token, by prediction."""
+    counted = slice(first_position, tokens.shape[1] - 1)
+    at_once = max(1, _SLICE_BYTES // (4 * original.shape[-1]))
+    found = []
+    for p, q, following in zip(original[:, counted], patched[:, counted], tokens[:, first_position + 1 :], strict=True):
+        for p_slice, q_slice, target in zip(p.split(at_once), q.split(at_once), following.split(at_once), strict=True):
+            log_p, log_q = p_slice.float().log_softmax(-1), q_slice.float().log_softmax(-1)
+            target = target.to(log_p.device, torch.long)[:, None]
+            log_p_next, log_q_next = log_p.gather(-1, target)[:, 0], log_q.gather(-1, target)[:, 0]
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+            agrees = log_p.argmax(-1) == log_q.argmax(-1)
+            found.append(torch.stack([-log_p_next, log_p_next - log_q_next, kl, agrees], dim=-1).cpu().double())
+    return torch.cat(found).unflatten(0, (len(tokens), -1))
+
+
+@contextlib.contextmanager
+def _lower_blocks_run_once(subject: Subject, site: Site) -> Iterator[None]:
+    """While open, and for one batch of tokens, the blocks below the site's compute once what every forward shares.
+
+    The first forward keeps what the last of them returns; from then on each of them returns that at once. What they
+    compute does not depend on what is put at the site, so no bit of any logit changes.
+    """
+    blocks = _blocks_below(subject, site)
+    if not blocks:
+        yield
+        return
+
+    def keep(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        for block in blocks:
+            block.forward = lambda *_, **__: output  # hides the class's method until the attribute is deleted
+
+    handle = blocks[-1].register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def _blocks_below(subject: Subject, site: Site) -> list[nn.Module]:
+    """The blocks before the site's; none where it is not known that the site lies in a block."""
+    family = FAMILIES.get(subject.module.config.model_type)  # type: ignore[union-attr, arg-type]
+    if family is None or not (site.location in LOCATIONS or site.location.startswith(f"{family.blocks}.")):
+        return []
+    return list(subject.module.get_submodule(family.blocks))[: max(0, site.layer)]  # type: ignore[call-overload]
+
+
+def _column(variant: int, which: int) -> int:
+    return 1 + _PER_VARIANT * variant + which
+
+
+def _recovered(delta: int, delta_ablation: int) -> Statistic:
+    """1 - ΔCE / ΔCE of the ablation, given their columns."""
+    return lambda totals: 1 - totals[..., delta] / totals[..., delta_ablation]

@@ -1,0 +1,47 @@
+"""The arithmetic of a training step, behind one contract with several implementations.
+
+Every implementation is a module with the same functions, on fp32 tensors:
+
+    topk_encode(x, weights, k) -> SparseLatents
+    relu_encode(x, weights) -> SparseLatents
+    decode(latents, weights) -> recons
+    topk_gradients(x, weights, spec, dead) -> StepGradients
+    relu_gradients(x, weights, spec) -> StepGradients
+    apply_update(weights, gradients, optimizer, update) -> gradient norm (in place)
+
+`reference` is the definition: dense autograd, slow, to be checked by eye. The others must agree with it.
+The result is a function of the arguments alone, bit for bit, on the same machine, thread count and implementation.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from types import ModuleType
+
+import torch
+
+log = logging.getLogger("monosem")
+
+_MODULES = {"reference": "reference", "torch": "torch_sparse", "native": "native"}
+
+
+def select(impl: str, device: torch.device) -> tuple[str, ModuleType]:
+    """The implementation's name and module; `auto` is native on a CPU where it was built, else torch."""
+    if impl == "auto":
+        impl = "native" if device.type == "cpu" and native_is_built() else "torch"
+        log.info("kernels: %s, chosen for %s", impl, device)
+    if impl not in _MODULES:
+        raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(_MODULES)}")
+    if impl == "native" and not native_is_built():
+        raise ValueError(
+            "impl is native, but this install has no compiled kernels; reinstall with a C++ compiler or use torch"
+        )
+    if impl == "native" and device.type != "cpu":
+        raise ValueError(f"impl=native runs on the CPU, not on {device}; use --device cpu or --impl torch")
+    return impl, importlib.import_module(f"monosem.kernels.{_MODULES[impl]}")
+
+
+def native_is_built() -> bool:
+    """Whether `monosem._native` was compiled into this install."""
+    return importlib.util.find_spec("monosem._native") is not None

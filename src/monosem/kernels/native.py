@@ -1,0 +1,170 @@
+"""The step in compiled code (native/), for fp32 tensors on the CPU: the same functions as `torch_sparse`.
+
+The dense product is fused with the selection, so that [B, N] never exists, and may be taken in bf16: it only has to
+find every latent that could be among the top k. The values of latents are always fp32 dot products summed in one order,
+so that "fp32" and "bf16" give the same bits, whatever the number of threads. NaN or Inf in a row of x makes that row's
+values NaN, in the weights every value; the loss is then NaN. Equal values: the lower index first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch  # before _native: the OpenMP runtime that torch brings is then the one that both use
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from monosem import _native
+from monosem.kernels.reference import BETA1, BETA2, EPSILON
+from monosem.kernels.torch_sparse import relu_encode, relu_gradients
+from monosem.types import LossSpec, OptimizerState, SparseLatents, StepGradients, UpdateSpec, Weights
+
+__all__ = ["apply_update", "decode", "relu_encode", "relu_gradients", "topk_encode", "topk_gradients", "topk_step"]
+
+LEVEL_VARIABLE = "MONOSEM_NATIVE_LEVEL"
+"""Environment variable that forces a dispatch level by name; `_native.levels()` lists those of this machine."""
+
+_PRECISIONS = ("auto", "fp32", "bf16")
+
+log = logging.getLogger("monosem")
+
+if LEVEL_VARIABLE in os.environ:
+    _native.set_level(os.environ[LEVEL_VARIABLE])
+
+
+def topk_encode(
+    x_BD: Float[Tensor, "batch d_model"], weights: Weights, k: int, precision: str = "auto"
+) -> SparseLatents:
+    """As `reference.topk_encode`; `precision` is that of the product that selects, and changes nothing but the time."""
+    x_BD, weights = _rows("x", x_BD), _readable(weights)
+    indices = torch.empty(len(x_BD), k, dtype=torch.int64)
+    values = torch.empty(len(x_BD), k)
+    stats = _native.topk_encode(x_BD, weights, k, _checked_precision(precision), indices, values)
+    _log_saturation(stats, len(x_BD))
+    return SparseLatents(indices, values, len(weights.latent_bias))
+
+
+def decode(latents: SparseLatents, weights: Weights) -> Float[Tensor, "batch d_model"]:
+    """As `reference.decode`, reading only the active latents' rows of the decoder."""
+    weights = _readable(weights)
+    values = _rows("values", latents.values)
+    recons = torch.empty(len(values), len(weights.pre_bias))
+    _native.decode(latents.indices.detach().to(torch.int64).contiguous(), values, weights, recons)
+    return recons
+
+
+def topk_gradients(
+    x_BD: Float[Tensor, "batch d_model"], weights: Weights, spec: LossSpec, dead_N: Bool[Tensor, " n_latents"]
+) -> StepGradients:
+    """As `reference.topk_gradients`; AuxK's candidates come out of the same sweep over the encoder."""
+    x_BD, weights = _rows("x", x_BD), _readable(weights)
+    gradients = Weights(*(torch.empty_like(w) for w in weights))
+    n_fired = torch.empty(len(weights.latent_bias), dtype=torch.int64)
+    terms = _native.topk_gradients(x_BD, weights, dead_N.contiguous(), *_loss_arguments(spec), n_fired, gradients)
+    return _step(spec, gradients, terms, n_fired, len(x_BD))
+
+
+def topk_step(
+    x_BD: Float[Tensor, "batch d_model"],
+    weights: Weights,
+    spec: LossSpec,
+    dead_N: Bool[Tensor, " n_latents"],
+    optimizer: OptimizerState,
+    update: UpdateSpec,
+) -> tuple[StepGradients, Float[Tensor, ""]]:
+    """`topk_gradients` and `apply_update` in one visit a latent: the same bits, and no gradient is ever stored.
+
+    Returns the step with `gradients` None, and the gradient's norm. Clipping needs the norm before the update:
+    `ValueError` when `update.clip_norm` is set.
+    """
+    if update.clip_norm is not None:
+        raise ValueError(
+            f"clip_norm is {update.clip_norm}, which topk_step cannot do; call topk_gradients and apply_update"
+        )
+    x_BD = _rows("x", x_BD)
+    average = None if optimizer.average is None else _writable(optimizer.average)
+    moments = _writable(optimizer.first), _writable(optimizer.second), average
+    n_fired = torch.empty(len(weights.latent_bias), dtype=torch.int64)
+    loss = _loss_arguments(spec)
+    terms, norm = _native.topk_step(
+        x_BD, _writable(weights), dead_N.contiguous(), *loss, n_fired, *moments, *_update_arguments(update)
+    )
+    return _step(spec, None, terms, n_fired, len(x_BD)), torch.tensor(norm)
+
+
+def apply_update(
+    weights: Weights, gradients: Weights, optimizer: OptimizerState, update: UpdateSpec
+) -> Float[Tensor, ""]:
+    """As `reference.apply_update`, one visit a latent; `gradients` are used up."""
+    arrays = (weights, gradients, optimizer.first, optimizer.second, optimizer.average)
+    clip_norm = float("inf") if update.clip_norm is None else update.clip_norm
+    norm = _native.apply_update(
+        *(a if a is None else _writable(a) for a in arrays), *_update_arguments(update), clip_norm
+    )
+    return torch.tensor(norm)
+
+
+def _loss_arguments(spec: LossSpec) -> tuple[int, float, int, float, str]:
+    return spec.k, spec.mse_scale, spec.auxk, spec.auxk_coef, _checked_precision(spec.precision)
+
+
+def _update_arguments(update: UpdateSpec) -> tuple[float, ...]:
+    return update.step, update.lr, update.ema, BETA1, BETA2, EPSILON
+
+
+def _step(spec: LossSpec, gradients: Weights | None, terms: tuple, n_fired: Tensor, n_rows: int) -> StepGradients:
+    mse, auxiliary, dropped, n_active, stats = terms
+    _log_saturation(stats, n_rows)
+    return StepGradients(
+        gradients=gradients,  # type: ignore[arg-type]
+        loss=torch.tensor(mse if dropped else mse + spec.auxk_coef * auxiliary),
+        mse=torch.tensor(mse),
+        auxiliary=torch.tensor(auxiliary),
+        auxk_dropped=torch.tensor(dropped),
+        n_fired=n_fired,
+        l0=torch.tensor(n_active / n_rows),
+    )
+
+
+def _rows(name: str, t: Tensor) -> Tensor:
+    """The tensor as the compiled code reads it: fp32, on the CPU, contiguous (copied when it is not)."""
+    _check_kind(name, t)
+    if t.ndim != 2:
+        raise ValueError(f"{name} has {t.ndim} dimensions; give [batch, ...] with two")
+    return t.detach().contiguous()
+
+
+def _readable(weights: Weights) -> Weights:
+    for name, w in weights._asdict().items():
+        _check_kind(name, w)
+    return Weights(*(w.detach().contiguous() for w in weights))
+
+
+def _writable(weights: Weights) -> Weights:
+    for name, w in weights._asdict().items():
+        _check_kind(name, w)
+        if not w.is_contiguous():
+            raise ValueError(f"{name} is updated in place and must be contiguous; call .contiguous() on it first")
+    return Weights(*(w.detach() for w in weights))
+
+
+def _check_kind(name: str, t: Tensor) -> None:
+    if t.dtype != torch.float32 or t.device.type != "cpu":
+        raise ValueError(
+            f"{name} is {t.dtype} on {t.device}; impl=native takes float32 on the CPU: convert it or use impl=torch"
+        )
+
+
+def _checked_precision(precision: str) -> str:
+    if precision not in _PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(_PRECISIONS)}")
+    return precision
+
+
+def _log_saturation(stats: dict[str, Any], n_rows: int) -> None:
+    if stats["n_saturated"] * 20 > n_rows:
+        log.debug(
+            "kernels: %d of %d rows had too many candidates and were scored exactly", stats["n_saturated"], n_rows
+        )

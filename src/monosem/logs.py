@@ -1,0 +1,61 @@
+"""Numbers over time: metrics.jsonl is the truth, progress bars are for people.
+
+The library writes neither to stdout nor to stderr unless `show_progress(True)` was called (the CLI does).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+_show = False
+
+
+def show_progress(on: bool) -> None:
+    """Turn progress bars (on stderr) on or off for this process."""
+    global _show
+    _show = on
+
+
+def progress(items: Iterable[T], label: str, unit: str, *, total: int, each: int = 1, start: int = 0) -> Iterator[T]:
+    """Yield `items` while showing rate and ETA in `unit`s, counting `each` an item, `total` in all from `start`."""
+    with tqdm(
+        total=total, initial=start, desc=label, unit=unit, unit_scale=True, disable=not _show, mininterval=0.5
+    ) as bar:
+        for item in items:
+            yield item
+            bar.update(each)
+
+
+class MetricsLog:
+    """Append-only JSON lines, one object a logged step; `rewind` drops what a resumed run will write again."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def append(self, row: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Keep the whole rows with `row["step"] <= step` (a torn last line is dropped too)."""
+        rows = [row for row in self.rows() if row["step"] <= step]
+        if self.path.exists():
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def rows(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        found = []
+        for line in self.path.read_text("utf-8").splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:  # torn by a kill: it and all after it are written again
+                break
+        return found

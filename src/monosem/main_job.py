@@ -1,0 +1,51 @@
+"""The main job in one folder: harvest, train, evaluate, each skipped when it is already on disk.
+
+OUT/store/         activations (manifest.json, shards)
+OUT/autoencoder/   the released autoencoder
+OUT/metrics.jsonl  training, step by step        OUT/state/  training state
+OUT/eval.json      the numbers                   OUT/run.json  the configs and the seconds of each stage
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from monosem import artifacts, resources
+from monosem.activations import harvest
+from monosem.config import RunConfig, to_dict
+from monosem.evals import evaluate
+from monosem.training import train
+
+log = logging.getLogger("monosem")
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Do what is not yet done of the main job; returns the evaluation's report with `seconds` of each stage."""
+    out = Path(config.out)
+    harvest_config = dataclasses.replace(config.harvest, out=str(out / "store"))
+    train_config = dataclasses.replace(config.train, out=str(out), store=str(out / "store"))
+    eval_config = dataclasses.replace(config.eval, run=str(out))
+    stages: dict[str, Callable[[], Any]] = {
+        "fetch": lambda: [
+            resources.fetch(n) for n in (harvest_config.model, harvest_config.corpus) if n in resources.names()
+        ],
+        "harvest": lambda: harvest(harvest_config),
+        "train": lambda: train(train_config),
+        "evaluate": lambda: evaluate(eval_config),
+    }
+    seconds, result = {}, None
+    for name, stage in stages.items():
+        started = time.monotonic()
+        result = stage()
+        seconds[name] = round(time.monotonic() - started, 1)
+        log.info("%s: %.1f s", name, seconds[name])
+    seconds["total"] = round(sum(seconds.values()), 1)
+    configs = {"harvest": to_dict(harvest_config), "train": to_dict(train_config), "eval": to_dict(eval_config)}
+    artifacts.write_json(out / "run.json", artifacts.manifest("run", configs, {}, seconds=seconds))
+    assert isinstance(result, dict)
+    return {**result, "seconds": seconds}

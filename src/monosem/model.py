@@ -1,0 +1,176 @@
+"""The autoencoder: normalise, encode, decode, and its released form on disk.
+
+    x      = (raw - mean(raw)) / (std(raw) + 1e-5)          per token, over d_model; the model's input space
+    z      = TopK_k(encoder (x - pre_bias) + latent_bias), then ReLU
+    recons = z @ decoder + pre_bias
+
+A released autoencoder is a folder with `autoencoder.safetensors` and `config.json` (docs/formats.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from monosem import artifacts, config, losses
+from monosem.kernels import torch_sparse
+from monosem.types import SparseLatents, Weights
+
+NORM_EPSILON = 1e-5
+WEIGHTS_FILE = "autoencoder.safetensors"
+
+
+class NormStats(NamedTuple):
+    """What `normalize` took out of each token, and `denormalize` puts back."""
+
+    mean: Float[Tensor, "*batch 1"]
+    std: Float[Tensor, "*batch 1"]
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """What an autoencoder needs besides its weights."""
+
+    d_model: int
+    n_latents: int
+    k: int
+    activation: config.Activation = "topk"
+
+
+def normalize(raw: Float[Tensor, "*batch d_model"]) -> tuple[Float[Tensor, "*batch d_model"], NormStats]:
+    """Per token: minus the mean over d_model, over the unbiased std + 1e-5, so that ||x|| ~ sqrt(d_model - 1)."""
+    raw = raw.float()
+    mean = raw.mean(-1, keepdim=True)
+    centred = raw - mean
+    std = centred.std(-1, keepdim=True)
+    return centred / (std + NORM_EPSILON), NormStats(mean, std)
+
+
+def denormalize(x: Float[Tensor, "*batch d_model"], stats: NormStats) -> Float[Tensor, "*batch d_model"]:
+    """x * std + mean: from the model's input space back to the subject's."""
+    return x * stats.std + stats.mean
+
+
+class Autoencoder(nn.Module):
+    """A sparse autoencoder over one site. Everything but `forward` speaks the normalised input space.
+
+    `provenance` says what it was trained on (site, subject, store, tokens, versions); it travels with the weights.
+    """
+
+    def __init__(self, config: AutoencoderConfig, weights: Weights, provenance: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        shape = (config.n_latents, config.d_model)
+        expected = Weights(encoder=shape, latent_bias=shape[:1], decoder=shape, pre_bias=shape[1:])  # type: ignore[arg-type]
+        for name, tensor, want in zip(Weights._fields, weights, expected, strict=True):
+            if tuple(tensor.shape) != tuple(want):
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this config needs {tuple(want)}")
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.config = config
+        self.provenance = provenance or {}
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(*(getattr(self, name) for name in Weights._fields))
+
+    def normalize(self, raw: Float[Tensor, "*batch d_model"]) -> tuple[Float[Tensor, "*batch d_model"], NormStats]:
+        """See `model.normalize`; part of the model, so that no caller can forget it."""
+        return normalize(raw)
+
+    def denormalize(self, x: Float[Tensor, "*batch d_model"], stats: NormStats) -> Float[Tensor, "*batch d_model"]:
+        """See `model.denormalize`."""
+        return denormalize(x, stats)
+
+    def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
+        """The active latents of normalised tokens."""
+        if self.config.activation == "relu":
+            return torch_sparse.relu_encode(x, self.weights)
+        return torch_sparse.topk_encode(x, self.weights, self.config.k)
+
+    def decode(self, latents: SparseLatents) -> Float[Tensor, "batch d_model"]:
+        """Normalised reconstructions."""
+        return torch_sparse.decode(latents, self.weights)
+
+    def forward(self, raw: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The reconstruction of raw activations, in their own space and dtype."""
+        x, stats = normalize(raw)
+        recons = self.decode(self.encode(x.flatten(0, -2))).view_as(x)
+        return denormalize(recons, stats).to(raw.dtype)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the released form: the config last, with the weights' hash, so that a torn save cannot load."""
+        folder = Path(folder)
+        tensors = {name: w.detach().cpu().contiguous() for name, w in self.weights._asdict().items()}
+        artifacts.write_atomic(folder / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary))
+        facts = {"weights_sha256": artifacts.sha256_file(folder / WEIGHTS_FILE), "provenance": self.provenance}
+        sources = self.provenance.get("sources", {})
+        data = artifacts.manifest(
+            "autoencoder", dataclasses.asdict(self.config), sources, normalization=_NORMALIZATION, **facts
+        )
+        artifacts.write_json(folder / "config.json", data)
+
+    @staticmethod
+    def load(folder: str | Path, device: str | torch.device = "cpu") -> Autoencoder:
+        """The autoencoder in `folder`; `ValueError` when it is missing, damaged, or not what its config says."""
+        folder = Path(folder)
+        if not (folder / "config.json").exists():
+            raise ValueError(
+                f"{folder} holds no autoencoder (no config.json); give the folder that `monosem train` released"
+            )
+        data = artifacts.read_manifest(folder / "config.json", "autoencoder")
+        if data.get("normalization") != _NORMALIZATION:
+            raise ValueError(
+                f"{folder} normalises its input by {data.get('normalization')}; this version knows {_NORMALIZATION}"
+            )
+        path = folder / WEIGHTS_FILE
+        if not path.exists() or artifacts.sha256_file(path) != data.get("weights_sha256"):
+            raise ValueError(
+                f"{path} is missing or damaged (its checksum is not the one in config.json); restore it or train again"
+            )
+        tensors = load_checked(path, Weights._fields)
+        settings = config.from_dict(AutoencoderConfig, data["config"])
+        return Autoencoder(settings, Weights(**tensors), data["provenance"]).to(device)
+
+
+_NORMALIZATION = {"kind": "per-token mean and unbiased std over d_model", "epsilon": NORM_EPSILON}
+
+
+def load_checked(path: Path, names: tuple[str, ...] | set[str]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that must hold exactly `names`."""
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); restore it from a copy or make it again") from None
+    if set(tensors) != set(names):
+        raise ValueError(f"{path} holds {sorted(tensors)}; it should hold {sorted(names)}")
+    return tensors
+
+
+def initial_weights(sample: Float[Tensor, "n d_model"], n_latents: int, k: int, *, tied: bool, seed: int) -> Weights:
+    """Weights to start from, given a sample of normalised activations (Gao et al. 2024, section 2 and appendix A).
+
+    Decoder rows are uniformly random unit vectors; the encoder is equal to the decoder (`tied`) or drawn the same way;
+    pre_bias is the sample's geometric median; the encoder is then scaled so that the mean norm of z @ decoder
+    is that of x - pre_bias.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    d_model = sample.shape[1]
+    decoder = _unit_rows(torch.randn(n_latents, d_model, generator=generator))
+    encoder = decoder.clone() if tied else _unit_rows(torch.randn(n_latents, d_model, generator=generator))
+    pre_bias = losses.geometric_median(sample).float()
+    weights = Weights(encoder, torch.zeros(n_latents), decoder, pre_bias)
+    latents = torch_sparse.topk_encode(sample, weights, k)
+    norms = (torch_sparse.decode(latents, weights) - pre_bias).norm(dim=1).mean()
+    encoder.mul_((sample - pre_bias).norm(dim=1).mean() / norms)
+    return weights
+
+
+def _unit_rows(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=1, keepdim=True)

@@ -1,0 +1,171 @@
+"""One training step in two halves, and the numbers that the recipe derives from a config.
+
+    out = gradients(state, x, recipe, kernel)           gradients out: nothing is changed
+    apply(state, out, recipe, kernel, n_tokens)         apply update: weights, moments, average, dead counters
+
+Between the halves gradients may be reduced over replicas; several autoencoders may share one `x`. `advance` does both,
+and lets kernels that can fuse them do so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from monosem.config import TrainConfig
+from monosem.types import LossSpec, OptimizerState, StepGradients, UpdateSpec, Weights
+
+LR_AT_4096 = 4e-3
+DEAD_TOKENS = 10_000_000
+DEAD_WINDOW_TOKENS = 500_000
+
+
+def default_lr(n_latents: int) -> float:
+    """LR_AT_4096 * sqrt(4096 / n_latents): the paper's 1/sqrt(n) rule, anchored by a sweep (docs/reproduce.md)."""
+    return LR_AT_4096 * math.sqrt(4096 / n_latents)
+
+
+def default_auxk(d_model: int) -> int:
+    """The power of two nearest d_model / 2 (on a log scale): 512 for GPT-2 small's 768, as in the paper's text."""
+    return 1 << max(0, round(math.log2(d_model / 2)))
+
+
+def default_dead_tokens_threshold(n_tokens: int) -> int:
+    """min(10M, n_tokens / 16): the paper's 10M tokens would never pass in a short run, so AuxK would never act."""
+    return max(1, min(DEAD_TOKENS, n_tokens // 16))
+
+
+def default_ema(n_steps: int) -> float:
+    """min(0.999, 1 - 20 / n_steps): with the paper's 0.999 a short run would average in its initialisation."""
+    return max(0.0, min(0.999, 1 - 20 / n_steps))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A config with every default turned into a number."""
+
+    activation: str
+    k: int
+    n_steps: int
+    batch_size: int
+    lr: float
+    lr_warmup_steps: int
+    mse_scale: float
+    auxk: int
+    auxk_coef: float
+    dead_tokens_threshold: int
+    l1_coef: float
+    l1_warmup_steps: int
+    ema: float
+    clip_norm: float | None
+    precision: str
+
+    def loss_spec(self, step: int) -> LossSpec:
+        """What step `step` (from 1) differentiates."""
+        l1_coef = self.l1_coef * _ramp(step, self.l1_warmup_steps)
+        return LossSpec(self.k, self.mse_scale, self.auxk, self.auxk_coef, l1_coef, self.precision)
+
+    def update_spec(self, step: int) -> UpdateSpec:
+        """How step `step` (from 1) is applied."""
+        return UpdateSpec(step, self.lr * _ramp(step, self.lr_warmup_steps), self.ema, self.clip_norm)
+
+
+def recipe(config: TrainConfig, d_model: int, mse_scale: float) -> Recipe:
+    """Resolve `config` for activations of width `d_model`."""
+    n_steps = math.ceil(config.n_tokens / config.batch_size)
+    auxk = 0 if config.activation == "relu" else default_auxk(d_model) if config.auxk is None else config.auxk
+    return Recipe(
+        activation=config.activation,
+        k=config.k,
+        n_steps=n_steps,
+        batch_size=config.batch_size,
+        lr=default_lr(config.n_latents) if config.lr is None else config.lr,
+        lr_warmup_steps=config.lr_warmup_steps,
+        mse_scale=mse_scale,
+        auxk=auxk,
+        auxk_coef=config.auxk_coef,
+        dead_tokens_threshold=config.dead_tokens_threshold or default_dead_tokens_threshold(config.n_tokens),
+        l1_coef=config.l1_coef,
+        l1_warmup_steps=config.l1_warmup_steps,
+        ema=default_ema(n_steps) if config.ema is None else config.ema,
+        clip_norm=config.clip_norm,
+        precision=config.precision,
+    )
+
+
+@dataclass
+class TrainState:
+    """Everything a step changes; saved whole, it resumes to the bit."""
+
+    step: int
+    weights: Weights
+    optimizer: OptimizerState
+    tokens_since_fired: Int[Tensor, " n_latents"]
+    n_auxk_dropped: Int[Tensor, ""]
+
+    @staticmethod
+    def new(weights: Weights, *, ema: bool) -> TrainState:
+        zeros = [Weights(*(torch.zeros_like(w) for w in weights)) for _ in range(3)]
+        optimizer = OptimizerState(zeros[0], zeros[1], zeros[2] if ema else None)
+        counters = torch.zeros(len(weights.latent_bias), dtype=torch.int64, device=weights.encoder.device)
+        return TrainState(0, weights, optimizer, counters, counters.new_zeros(()))
+
+    def dead(self, tokens: int) -> Bool[Tensor, " n_latents"]:
+        """Latents whose activation has not exceeded FIRED_THRESHOLD in the last `tokens` tokens."""
+        return self.tokens_since_fired >= tokens
+
+    def averaged_weights(self, ema: float) -> Weights:
+        """The moving average with its start at zero corrected for: average / (1 - ema^step)."""
+        assert self.optimizer.average is not None
+        return Weights(*(a / (1 - ema**self.step) for a in self.optimizer.average))
+
+
+def gradients(
+    state: TrainState, x: Float[Tensor, "batch d_model"], recipe: Recipe, kernel: ModuleType
+) -> StepGradients:
+    """The first half: what the next step's loss says, changing nothing."""
+    spec = recipe.loss_spec(state.step + 1)
+    if recipe.activation == "relu":
+        return kernel.relu_gradients(x, state.weights, spec)
+    return kernel.topk_gradients(x, state.weights, spec, state.dead(recipe.dead_tokens_threshold))
+
+
+def apply(
+    state: TrainState, out: StepGradients, recipe: Recipe, kernel: ModuleType, n_tokens: int
+) -> Float[Tensor, ""]:
+    """The second half, in place; `n_tokens` is the batch's size over all ranks. Returns the gradient's norm."""
+    norm = kernel.apply_update(state.weights, out.gradients, state.optimizer, recipe.update_spec(state.step + 1))
+    _count(state, out, n_tokens)
+    return norm
+
+
+def advance(
+    state: TrainState, x: Float[Tensor, "batch d_model"], recipe: Recipe, kernel: ModuleType
+) -> tuple[StepGradients, Float[Tensor, ""]]:
+    """Both halves on one machine: the step (its gradients are used up) and the gradient's norm.
+
+    Kernels with a fused `topk_step` take it: the same bits, and no gradient is ever stored.
+    """
+    fused = getattr(kernel, "topk_step", None)
+    if fused is None or recipe.activation != "topk" or recipe.clip_norm is not None:
+        out = gradients(state, x, recipe, kernel)
+        return out, apply(state, out, recipe, kernel, len(x))
+    spec, update = recipe.loss_spec(state.step + 1), recipe.update_spec(state.step + 1)
+    out, norm = fused(x, state.weights, spec, state.dead(recipe.dead_tokens_threshold), state.optimizer, update)
+    _count(state, out, len(x))
+    return out, norm
+
+
+def _count(state: TrainState, out: StepGradients, n_tokens: int) -> None:
+    state.step += 1
+    state.tokens_since_fired.add_(n_tokens).masked_fill_(out.n_fired > 0, 0)
+    state.n_auxk_dropped.add_(out.auxk_dropped)
+
+
+def _ramp(step: int, warmup_steps: int) -> float:
+    return min(1.0, step / warmup_steps) if warmup_steps else 1.0

@@ -1,0 +1,130 @@
+"""The nouns that every layer speaks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+LOCATIONS = ("resid_post_mlp", "resid_post_attn", "resid_delta_mlp", "resid_delta_attn", "mlp_post_act")
+
+FIRED_THRESHOLD = 1e-3
+"""A latent fired on a token when its activation exceeds this (Gao et al. 2024, section 2): by value, never by index."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where in which model activations come from. `location` is one of LOCATIONS or a dotted module name."""
+
+    model: str
+    revision: str | None
+    layer: int
+    location: str
+
+    def __str__(self) -> str:
+        return f"{self.model} layer {self.layer} {self.location}"
+
+
+class Weights(NamedTuple):
+    """The parameters of an autoencoder, or anything of their shape (gradients, moments, an average of them).
+
+    Both matrices are [n_latents, d_model] and contiguous, so that one latent's vectors are too:
+    z = act(encoder (x - pre_bias) + latent_bias), recons = z @ decoder + pre_bias.
+    """
+
+    encoder: Float[Tensor, "n_latents d_model"]
+    latent_bias: Float[Tensor, " n_latents"]
+    decoder: Float[Tensor, "n_latents d_model"]
+    pre_bias: Float[Tensor, " d_model"]
+
+
+class SparseLatents(NamedTuple):
+    """The latents of a batch: `values[b, j]` is the activation of latent `indices[b, j]`; values are >= 0.
+
+    A slot with value 0 is inactive and its index carries no meaning (fewer than k latents were positive).
+    """
+
+    indices: Int[Tensor, "batch k"]
+    values: Float[Tensor, "batch k"]
+    n_latents: int
+
+
+class StepGradients(NamedTuple):
+    """The first half of a training step: gradients out, with what the log and the dead counters need (no host sync)."""
+
+    gradients: Weights
+    """(A fused step has none to give: it has already applied them.)"""
+    loss: Float[Tensor, ""]
+    """What was differentiated: mse + auxk_coef * auxk_loss, or mse + l1_coef * l1."""
+    mse: Float[Tensor, ""]
+    """mse_scale * mean((recons - x)^2)."""
+    auxiliary: Float[Tensor, ""]
+    """L_aux (TopK) or mean_b ||z||_1 (ReLU), before its coefficient."""
+    auxk_dropped: Bool[Tensor, ""]
+    """L_aux was not finite and its whole gradient was left out of this step."""
+    n_fired: Int[Tensor, " n_latents"]
+    """Tokens of the batch on which each latent's activation exceeded FIRED_THRESHOLD."""
+    l0: Float[Tensor, ""]
+    """Mean number of positive values a token."""
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """What a step differentiates (Gao et al. 2024, section 2). All but `mse_scale` come from the config."""
+
+    k: int
+    mse_scale: float
+    """1 / mean((x - mean_0)^2) of a sample at the start, so that the loss starts near 1."""
+    auxk: int = 0
+    auxk_coef: float = 1 / 32
+    l1_coef: float = 0.0
+    precision: str = "auto"
+    """Precision of the product that selects latents ("auto", "fp32" or "bf16"); their values are fp32 either way."""
+
+
+class OptimizerState(NamedTuple):
+    """Adam's moments and the moving average of the weights (None when it is off), updated in place."""
+
+    first: Weights
+    second: Weights
+    average: Weights | None
+
+
+@dataclass(frozen=True)
+class UpdateSpec:
+    """One application of gradients: Adam with beta = (0.9, 0.999), eps = 6.25e-10."""
+
+    step: int
+    """1 for the first update; Adam's bias correction."""
+    lr: float
+    ema: float = 0.0
+    clip_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number a person sees: it always carries how many things it was measured on and a 95% interval."""
+
+    name: str
+    value: float
+    unit: str
+    n: int
+    low: float
+    high: float
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA, else MPS, else the CPU; `ValueError` when the device named is not on this machine."""
+    if device == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(name)
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here ({reason}); use --device cpu or auto") from None
+    return found

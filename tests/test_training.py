@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from monosem import step
+from monosem.activations import ActivationStore, harvest
+from monosem.config import HarvestConfig, TrainConfig
+from monosem.kernels import torch_sparse
+from monosem.logs import MetricsLog
+from monosem.training import train
+
+
+@pytest.fixture(scope="module")
+def store(tiny_model: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("store")
+    small = {
+        "context_length": 16,
+        "n_tokens": 3000,
+        "n_tokens_held_out": 300,
+        "block_contexts": 8,
+        "held_out_fraction": 0.2,
+    }
+    harvest(HarvestConfig(out=str(out), model=str(tiny_model), corpus=str(tiny_corpus), dtype="float32", **small))  # type: ignore[arg-type]
+    return out
+
+
+def configured(store: Path, out: Path, **changes: Any) -> TrainConfig:
+    base: dict[str, Any] = {
+        "n_latents": 96,
+        "k": 4,
+        "n_tokens": 64 * 60,
+        "batch_size": 64,
+        "log_every_steps": 1,
+        "impl": "torch",
+    }
+    return TrainConfig(store=str(store), out=str(out), **{**base, **changes})
+
+
+def final_tensors(out: Path) -> dict[str, torch.Tensor]:
+    (state,) = (out / "state").glob("state-*.safetensors")
+    return {**load_file(state), **load_file(out / "autoencoder" / "autoencoder.safetensors")}
+
+
+def rows_without_time(out: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "elapsed_s"} for row in MetricsLog(out / "metrics.jsonl").rows()]
+
+
+def test_train_lowers_the_loss_and_releases_the_better_weights(store: Path, tmp_path: Path) -> None:
+    autoencoder = train(configured(store, tmp_path, n_tokens=64 * 200))
+    rows = rows_without_time(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 201))
+    assert rows[-1]["mse"] < 0.5 * rows[0]["mse"]
+    nmse = autoencoder.provenance["selection_normalized_mse"]
+    assert nmse[autoencoder.provenance["weights"]] == min(nmse.values()) and set(nmse) == {"raw", "ema"}
+    assert autoencoder.provenance["tokens_seen"] == 64 * 200
+    assert autoencoder.provenance["distinct_tokens"] == ActivationStore.open(store).n_rows("train")
+
+
+def test_train_with_the_reference_kernels_follows_the_same_curve(store: Path, tmp_path: Path) -> None:
+    curves = []
+    for impl in ("torch", "reference"):
+        train(configured(store, tmp_path / impl, impl=impl, n_tokens=64 * 30, dead_tokens_threshold=64 * 4))
+        curves.append([(row["mse"], row["auxk_loss"]) for row in rows_without_time(tmp_path / impl)])
+    torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-3, atol=1e-4)
+    assert any(aux > 0 for _, aux in curves[0])
+
+
+KILLED = """
+import os, signal, sys
+from monosem import checkpoint, step, training
+from monosem.config import TrainConfig, from_dict
+import json
+import torch
+torch.set_num_threads({threads})
+original, at = {target}, [0]
+def killed(*arguments, **options):
+    at[0] += 1
+    if at[0] == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **options)
+{target} = killed
+training.train(from_dict(TrainConfig, json.loads(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "call"),
+    [
+        ("step.apply", 23),
+        ("checkpoint.artifacts.os.replace", 6),
+        ("checkpoint.save_file", 5),
+        ("checkpoint.artifacts.write_json", 4),
+    ],
+)
+def test_killed_and_run_again_ends_in_the_same_bits(store: Path, tmp_path: Path, target: str, call: int) -> None:
+    """kill -9 inside a step, between the file and its name, before the file, before the pointer to it."""
+    whole = configured(store, tmp_path / "whole", save_every_s=0.0, dead_tokens_threshold=64 * 4)
+    train(whole)
+    cut = dataclasses.replace(whole, out=str(tmp_path / "cut"))
+    script = KILLED.format(threads=torch.get_num_threads(), target=target, call=call)
+    killed = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(dataclasses.asdict(cut))], stderr=subprocess.PIPE, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    train(cut)
+    want, got = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "cut")
+    assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
+    assert rows_without_time(tmp_path / "whole") == rows_without_time(tmp_path / "cut")
+
+
+def test_interrupt_saves_and_says_how_to_go_on(store: Path, tmp_path: Path) -> None:
+    flags = [
+        "--store",
+        store,
+        "--out",
+        tmp_path / "run",
+        "--n-latents",
+        96,
+        "--k",
+        4,
+        "--n-tokens",
+        10_000_000,
+        "--batch-size",
+        64,
+    ]
+    command = [sys.executable, "-m", "monosem", "train", *map(str, flags), "--log-every-steps", "1"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    metrics = MetricsLog(tmp_path / "run" / "metrics.jsonl")
+    for _ in range(600):
+        if len(metrics.rows()) > 3 or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"run the same command to go on" in errors and b"Traceback" not in errors
+    latest = json.loads((tmp_path / "run" / "state" / "latest.json").read_text())
+    assert latest["step"] >= 3
+
+
+def test_train_again_is_skipped_and_changes_nothing(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(configured(store, tmp_path))
+    before = (tmp_path / "autoencoder" / "autoencoder.safetensors").stat().st_mtime_ns
+    caplog.set_level("INFO", "monosem")
+    train(configured(store, tmp_path))
+    assert "already trained" in caplog.text
+    assert (tmp_path / "autoencoder" / "autoencoder.safetensors").stat().st_mtime_ns == before
+
+
+def test_train_with_a_changed_config_names_the_field(store: Path, tmp_path: Path) -> None:
+    train(configured(store, tmp_path))
+    with pytest.raises(ValueError, match=r"another config \(k: 4 -> 5\)"):
+        train(configured(store, tmp_path, k=5))
+
+
+def test_train_refuses_a_damaged_state(store: Path, tmp_path: Path) -> None:
+    train(configured(store, tmp_path))
+    (state,) = (tmp_path / "state").glob("state-*.safetensors")
+    state.write_bytes(state.read_bytes()[:-10])
+    (tmp_path / "autoencoder" / "config.json").unlink()
+    with pytest.raises(ValueError, match="missing or damaged"):
+        train(configured(store, tmp_path))
+
+
+def test_train_that_diverges_says_so(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="training diverged; lower lr"):
+        train(configured(store, tmp_path, lr=1e30))
+
+
+def test_relu_trains_and_more_l1_means_fewer_active_latents(store: Path, tmp_path: Path) -> None:
+    l0 = []
+    for l1_coef in (0.0, 0.3):
+        train(configured(store, tmp_path / str(l1_coef), activation="relu", l1_coef=l1_coef, l1_warmup_steps=10))
+        l0.append(rows_without_time(tmp_path / str(l1_coef))[-1]["l0"])
+    assert l0[1] < 0.5 * l0[0]
+
+
+def test_defaults_follow_their_rules() -> None:
+    assert step.default_auxk(768) == 512 and step.default_auxk(576) == 256 and step.default_auxk(1) == 1
+    assert step.default_lr(4 * 4096) == pytest.approx(step.default_lr(4096) / 2)
+    assert step.default_dead_tokens_threshold(1_048_576) == 65_536
+    assert step.default_dead_tokens_threshold(10**12) == 10_000_000
+    assert (
+        step.default_ema(512) == pytest.approx(1 - 20 / 512)
+        and step.default_ema(10) == 0
+        and step.default_ema(10**6) == 0.999
+    )
+
+
+def test_dead_time_is_counted_in_tokens_since_the_value_last_passed_the_threshold() -> None:
+    weights = torch_sparse.Weights(torch.eye(3), torch.tensor([0.0, 0.0, -9.0]), torch.eye(3), torch.zeros(3))
+    state = step.TrainState.new(weights, ema=False)
+    recipe = step.recipe(TrainConfig(out="", store="", n_latents=3, k=3, batch_size=4, lr=1e-9), 3, 1.0)
+    x = torch.tensor([[1.0, 0, 0]] * 4)
+    for _ in range(2):
+        step.apply(state, step.gradients(state, x, recipe, torch_sparse), recipe, torch_sparse, len(x))
+    assert state.tokens_since_fired.tolist() == [0, 8, 8]
+    assert state.dead(8).tolist() == [False, True, True] and not state.dead(9).any()
+
+
+def test_averaged_weights_are_corrected_for_their_start_at_zero() -> None:
+    weights = torch_sparse.Weights(torch.ones(2, 3), torch.ones(2), torch.ones(2, 3) / 3**0.5, torch.ones(3))
+    state = step.TrainState.new(weights, ema=True)
+    recipe = step.recipe(TrainConfig(out="", store="", n_latents=2, k=1, ema=0.9, lr=1e-12, auxk=0), 3, 1.0)
+    x = torch.randn(8, 3)
+    for _ in range(3):
+        step.apply(state, step.gradients(state, x, recipe, torch_sparse), recipe, torch_sparse, len(x))
+    for average, w in zip(state.averaged_weights(0.9), weights, strict=True):
+        torch.testing.assert_close(average, w, rtol=1e-4, atol=1e-4)
