@@ -31,8 +31,8 @@ TABLE = Path("results/smollm2-135m-instruct-q4_1/runs.csv")
 RUNS = Path("runs/claims")
 
 LRS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-RELU_LRS = (1e-3, 2e-3, 4e-3)
-L1_COEFS = (0.005, 0.01, 0.02, 0.04, 0.08)
+RELU_LRS = (2e-3, 1e-3, 4e-3)
+L1_COEFS = (0.003, 0.005, 0.007, 0.01, 0.015)
 
 GROUPS: dict[str, list[dict[str, Any]]] = {
     # which lr, at the size of the demo
@@ -40,11 +40,11 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
     # dead latents: tied initialisation x AuxK, at the lr the group above prefers
     "dead": [{"n_latents": 8192, "tied_init": tied, "auxk": auxk} for tied in (True, False) for auxk in (None, 0)],
     # TopK against ReLU + L1 at equal L0, each with its own lr
-    "topk": [{"n_latents": 4096, "lr": lr} for lr in LRS],
+    "topk": [{"n_latents": 2048, "lr": lr} for lr in LRS],
     "relu": [
-        {"n_latents": 4096, "activation": "relu", "lr": lr, "l1_coef": l1_coef, "l1_warmup_steps": 100}
-        for l1_coef in L1_COEFS
+        {"n_latents": 2048, "activation": "relu", "lr": lr, "l1_coef": l1_coef, "l1_warmup_steps": 200}
         for lr in RELU_LRS
+        for l1_coef in L1_COEFS
     ],
 }
 

@@ -35,7 +35,7 @@ struct RowsTask {
   const float* latent_bias;  // [N]
   const float* decoder;      // [N, D]; null: encode only
   const float* pre_bias;     // [D]
-  const PackedEncoder* packed;
+  PackedEncoder packed;
   bool poisoned;             // a weight is not finite: every value is NaN
 
   int64_t k;
@@ -78,14 +78,28 @@ struct PairList {
   const float* d_recons;  // [B, stride] what `value` multiplies, for the decoder's gradient
 };
 
-/// Gradients of latents out of pairs. `aux` may be null.
+/// AuxK's share of the gradients of some latents, each of which was active on many rows.
+struct AuxTask {
+  int64_t n_rows, stride;
+  const float* centred;
+  const PairList* list;
+  const uint32_t* latents;        // [count], rising
+  int64_t count;
+  float *d_encoder, *d_decoder;  // [count, stride]
+};
+
+/// Gradients of latents out of pairs. Without AuxK, `aux` is null.
 struct LatentsTask {
   int64_t d_model, stride, n_latents;
   const float* centred;
   const PairList* main;
   const PairList* aux;
-  const float* encoder;  // for the pre_bias gradient
+  const AuxTask* aux_part;  // the latents of this part of all latents
+  const int32_t* aux_rank;  // [N] place of a latent in aux_part; -1: it is not there
+  const float* encoder;     // for the pre_bias gradient
 };
+
+constexpr int64_t kPart = 64;  // numbers of a row in a part of D
 
 /// One application of gradients; see reference.apply_update.
 struct UpdateTask {
@@ -122,6 +136,9 @@ struct Level {
   /// Sum over rows [begin, end) of |row - mean|^2.
   double (*spread)(const float* matrix, int64_t stride, int64_t d_model, int64_t begin, int64_t end, const float* mean);
 
+  /// Columns [t, t + kPart) of an AuxTask.
+  void (*aux_gradients)(const AuxTask&, int64_t t, void* scratch);
+  int64_t (*aux_scratch_bytes)(int64_t count);
   /// Gradient of one latent: encoder and decoder rows of `stride` floats each, and its bias (returned).
   float (*latent_gradient)(const LatentsTask&, int64_t latent, float* d_encoder, float* d_decoder);
   /// sums[t] += factor * row[t].

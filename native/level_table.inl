@@ -39,5 +39,5 @@ inline void decode_row(const float* decoder, const float* pre_bias, int64_t d, c
 
 const Level kLevel = {MONOSEM_LEVEL_NAME, kTileRows,    kPanel,        kHasBf16,     false,       packed_words,
                       pack_encoder,       pack_scratch_bytes, rows,    rows_scratch_bytes, decode_row, column_sums,
-                      spread,             latent_gradient,    add_scaled, project,   squared_norm, update_latent,
+                      spread,             aux_gradients,      aux_scratch_bytes,  latent_gradient,    add_scaled, project,   squared_norm, update_latent,
                       update_values};

@@ -3,8 +3,6 @@
 /// Rows a block holds, rounded up to whole tiles.
 inline int64_t whole_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
 
-constexpr int64_t kPart = 4 * kLanes;  // of a row, as decode_aux goes over it
-
 inline int64_t capacity_for(int64_t k) { return (2 * k + 192 + kPanel + 15) / 16 * 16; }
 
 /// Hands out 64-byte aligned arrays from one allocation; with a null base it only counts.
@@ -37,10 +35,9 @@ struct RowsScratch {
   float *row_norm, *row_rounding, *row_scale;
   Candidates top, aux;
   uint64_t* ranks;         // [largest capacity] keys being selected
-  Visit* visits;           // [rows][largest k]
-  Run* runs;               // [min(N, rows largest k)]
+  Visit* visits;           // [rows x largest k]
+  Run* runs;               // [at most N]
   uint32_t* bucket;        // [N + 1]
-  float* parts;            // [rows][kPart] a part of the rows' residuals
 };
 
 inline Candidates take_candidates(Arena& arena, int64_t rows, int64_t k) {
@@ -66,10 +63,10 @@ inline RowsScratch take_scratch(Arena& arena, const RowsTask& task, int64_t step
   s.top = take_candidates(arena, rows, task.k);
   s.aux = take_candidates(arena, rows, task.auxk);
   s.ranks = arena.take<uint64_t>(capacity_for(k));
-  s.visits = arena.take<Visit>(block_rows * k);
-  s.runs = arena.take<Run>(block_rows * k < task.n_latents ? block_rows * k : task.n_latents);
+  const int64_t n_visits = block_rows * k;
+  s.visits = arena.take<Visit>(n_visits);
+  s.runs = arena.take<Run>(n_visits < task.n_latents ? n_visits : task.n_latents);
   s.bucket = arena.take<uint32_t>(task.n_latents + 1);
-  s.parts = arena.take<float>(task.auxk ? block_rows * kPart : 0);
   return s;
 }
 
@@ -106,7 +103,8 @@ inline float canonical(const RowsTask& task, const float* centred, int64_t laten
 }
 
 /// Sorts the pairs (row i, slot j), j < count(i), by `latent(i, j)`, those of one latent by row; returns the number of
-/// runs. Visited so, the row of the encoder or decoder stays in L1, and the block's own rows in L2.
+/// runs. Visited so, each row of the encoder or decoder is fetched
+/// once a block, and the block's own rows come from L2.
 template <class Count, class Latent, class Value>
 int64_t order_visits(RowsScratch& s, int64_t n_rows, int64_t n_latents, Count count, Latent latent, Value value) {
   memset(s.bucket, 0, static_cast<size_t>(n_latents + 1) * 4);
@@ -124,13 +122,13 @@ int64_t order_visits(RowsScratch& s, int64_t n_rows, int64_t n_latents, Count co
   return n_runs;
 }
 
-/// visit(row of `matrix`, pair) for every pair, latent by latent, with the rows that come next on their way.
+/// visit(row of `matrix`, latent, pair) for every pair, latent by latent, with the rows that come next on their way.
 template <class Body>
-inline void each_visit(const RowsScratch& s, int64_t n_runs, const float* matrix, int64_t stride, int64_t d, Body visit) {
+inline void each_visit(const RowsScratch& s, int64_t n_runs, const float* matrix, int64_t d, Body visit) {
   for (int64_t r = 0; r < n_runs; ++r) {
-    if (r + 3 < n_runs) prefetch_row(matrix + s.runs[r + 3].latent * stride, d);
-    const float* row = matrix + s.runs[r].latent * stride;
-    for (uint32_t v = s.runs[r].begin; v < s.runs[r].end; ++v) visit(row, s.visits[v]);
+    if (r + 3 < n_runs) prefetch_row(matrix + s.runs[r + 3].latent * d, d);
+    const uint32_t latent = s.runs[r].latent;
+    for (uint32_t v = s.runs[r].begin; v < s.runs[r].end; ++v) visit(matrix + latent * d, latent, s.visits[v]);
   }
 }
 
@@ -146,17 +144,16 @@ inline void largest_first(float* upper, uint32_t* index, int64_t count, int64_t 
 
 /// Replaces upper bounds by canonical values as far as needed: for the k largest upper bounds of each row, then for what
 /// could still reach the least of those values; the rest is dropped. Candidates lose their order.
-inline void score(const RowsTask& task, int64_t begin, int64_t n_rows, Candidates& c, RowsScratch& s, RowsStats& stats) {
+inline void score(const RowsTask& task, const float* centred, int64_t n_rows, Candidates& c, RowsScratch& s, RowsStats& stats) {
   const auto n_first = [&](int64_t i) { return c.count[i] < c.k ? int64_t{c.count[i]} : c.k; };
   for (int64_t i = 0; i < n_rows; ++i)
     if (c.count[i] > c.k) largest_first(c.upper + i * c.capacity, c.index + i * c.capacity, c.count[i], c.k, s);
   const int64_t n_runs = order_visits(
       s, n_rows, task.n_latents, n_first, [&](int64_t i, int64_t j) { return c.index[i * c.capacity + j]; },
       [](int64_t, int64_t) { return 0.0f; });
-  each_visit(s, n_runs, task.encoder, task.d_model, task.d_model, [&](const float* row, const Visit& visit) {
-    const float* centred = task.centred + (begin + visit.row) * task.stride;
-    float* upper = c.upper + visit.row * c.capacity;
-    upper[visit.slot] = dot(row, centred, task.d_model) + task.latent_bias[c.index[visit.row * c.capacity + visit.slot]];
+  each_visit(s, n_runs, task.encoder, task.d_model, [&](const float* row, uint32_t latent, const Visit& visit) {
+    c.upper[visit.row * c.capacity + visit.slot] =
+        dot(row, centred + visit.row * task.stride, task.d_model) + task.latent_bias[latent];
     ++stats.n_rescored;
   });
   for (int64_t i = 0; i < n_rows; ++i) {
@@ -169,7 +166,7 @@ inline void score(const RowsTask& task, int64_t begin, int64_t n_rows, Candidate
     for (int64_t j = c.k; j < c.count[i]; ++j) {
       if (value[j] < to_beat) continue;
       index[kept] = index[j];
-      value[kept++] = canonical(task, task.centred + (begin + i) * task.stride, index[j]);
+      value[kept++] = canonical(task, centred + i * task.stride, index[j]);
     }
     stats.n_rescored += kept - c.k;
     c.count[i] = static_cast<int32_t>(kept);
@@ -261,47 +258,34 @@ inline void finish_row(const RowsTask& task, int64_t row, int64_t i, RowsScratch
   task.squared[row] = squared_norm(residual, d);
 }
 
-/// Adds the selected dead latents to the residuals: recons_aux - (x - recons) starts at residual = -(x - recons). A part
-/// of D at a time, copied together so that it stays in L1; a row's latents are added in the order of their index.
-inline void decode_aux(const RowsTask& task, int64_t begin, int64_t n_rows, const RowsScratch& s, int64_t n_runs) {
-  const int64_t d = task.d_model;
-  for (int64_t t = 0; t < d; t += kPart) {
-    const int64_t n = d - t < kPart ? d - t : kPart;
-    const auto part = [&](float* matrix, int64_t i) { return matrix + (begin + i) * task.stride + t; };
-    for (int64_t i = 0; i < n_rows; ++i) memcpy(s.parts + i * kPart, part(task.residual, i), static_cast<size_t>(n) * 4);
-    each_visit(s, n_runs, task.decoder + t, d, n, [&](const float* row, const Visit& visit) {
-      add_part(s.parts + visit.row * kPart, visit.value, row, n);
-    });
-    for (int64_t i = 0; i < n_rows; ++i) memcpy(part(task.aux_residual, i), s.parts + i * kPart, static_cast<size_t>(n) * 4);
-  }
-  for (int64_t i = begin; i < begin + n_rows; ++i)
-    memset(task.aux_residual + i * task.stride + d, 0, static_cast<size_t>(task.stride - d) * 4);
-}
-
-/// AuxK for a block: select among the dead, model the error with them, differentiate. A row has hundreds of dead latents
-/// and a latent hundreds of rows, so this goes by latent, where finish_row goes by row.
+/// AuxK for a block: select among the dead, model the error with them, differentiate. A row has hundreds of
+/// dead latents and a dead latent many of the rows, so this goes by latent, where finish_row goes by row.
 inline void finish_aux(const RowsTask& task, int64_t begin, int64_t n_rows, RowsScratch& s, RowsStats& stats) {
-  const int64_t d = task.d_model;
+  const int64_t d = task.d_model, k = task.auxk;
+  float* residual = task.aux_residual + begin * task.stride;
+  float *value = task.aux_value + begin * k, *d_value = task.aux_d_value + begin * k;
+  int32_t *index = task.aux_index + begin * k, *count = task.aux_count + begin;
   for (int64_t i = 0; i < n_rows; ++i) {
-    const int64_t row = begin + i;
-    int64_t count = 0;
+    count[i] = 0;
     if (is_finite(task, s, i)) {
-      count = select(task, task.centred + row * task.stride, s.aux, i, task.dead_bits, s, stats);
-      write_row(s.ranks, count, task.auxk, task.aux_index + row * task.auxk, task.aux_value + row * task.auxk);
+      const float* centred = task.centred + (begin + i) * task.stride;
+      count[i] = static_cast<int32_t>(select(task, centred, s.aux, i, task.dead_bits, s, stats));
+      write_row(s.ranks, count[i], k, index + i * k, value + i * k);
     }
-    task.aux_count[row] = static_cast<int32_t>(count);
+    // recons_aux - (x - recons) starts at -(x - recons), which is the residual.
+    memcpy(residual + i * task.stride, task.residual + (begin + i) * task.stride, static_cast<size_t>(task.stride) * 4);
   }
   const int64_t n_runs = order_visits(
-      s, n_rows, task.n_latents, [&](int64_t i) { return task.aux_count[begin + i]; },
-      [&](int64_t i, int64_t j) { return static_cast<uint32_t>(task.aux_index[(begin + i) * task.auxk + j]); },
-      [&](int64_t i, int64_t j) { return task.aux_value[(begin + i) * task.auxk + j]; });
-  decode_aux(task, begin, n_rows, s, n_runs);
-  each_visit(s, n_runs, task.decoder, d, d, [&](const float* row, const Visit& visit) {
-    const int64_t i = begin + visit.row;
-    task.aux_d_value[i * task.auxk + visit.slot] = dot(task.aux_residual + i * task.stride, row, d);
+      s, n_rows, task.n_latents, [&](int64_t i) { return count[i]; },
+      [&](int64_t i, int64_t j) { return static_cast<uint32_t>(index[i * k + j]); },
+      [&](int64_t i, int64_t j) { return value[i * k + j]; });
+  each_visit(s, n_runs, task.decoder, d, [&](const float* row, uint32_t, const Visit& visit) {
+    add_scaled(residual + visit.row * task.stride, visit.value, row, d);
   });
-  for (int64_t row = begin; row < begin + n_rows; ++row)
-    task.aux_squared[row] = squared_norm(task.aux_residual + row * task.stride, d);
+  each_visit(s, n_runs, task.decoder, d, [&](const float* row, uint32_t, const Visit& visit) {
+    d_value[visit.row * k + visit.slot] = dot(residual + visit.row * task.stride, row, d);
+  });
+  for (int64_t i = 0; i < n_rows; ++i) task.aux_squared[begin + i] = squared_norm(residual + i * task.stride, d);
 }
 
 template <class Product>
@@ -310,11 +294,13 @@ void process_rows(const RowsTask& task, int64_t begin, int64_t end, void* scratc
   Arena arena{static_cast<char*>(scratch)};
   RowsScratch s = take_scratch(arena, task, steps, n_rows);
   centre_and_pack<Product>(task, begin, end, steps, s);
-  const Block block{task.packed, s.tiles, s.row_norm, s.row_rounding, s.row_scale,
+  const Block block{&task.packed, s.tiles, s.row_norm, s.row_rounding, s.row_scale,
                     whole_tiles(n_rows) / kTileRows, (task.n_latents + kPanel - 1) / kPanel, steps, task.dead_bits};
   if (!task.poisoned) sweep<Product>(block, s.top, task.auxk ? &s.aux : nullptr);
-  score(task, begin, n_rows, s.top, s, stats);
-  if (task.auxk) score(task, begin, n_rows, s.aux, s, stats);
+  const float* centred = task.centred + begin * task.stride;
+  score(task, centred, n_rows, s.top, s, stats);
   for (int64_t i = 0; i < n_rows; ++i) finish_row(task, begin + i, i, s, stats);
-  if (task.auxk) finish_aux(task, begin, n_rows, s, stats);
+  if (!task.auxk) return;
+  score(task, centred, n_rows, s.aux, s, stats);
+  finish_aux(task, begin, n_rows, s, stats);
 }

@@ -15,6 +15,7 @@ namespace {
 
 constexpr double kFired = 1e-3;        // types.FIRED_THRESHOLD
 constexpr int64_t kLatentBlock = 64;   // latents whose contribution to pre_bias is summed apart, whatever the threads
+constexpr int64_t kAuxLatents = 4096;  // latents whose AuxK gradients are held at once
 constexpr int64_t kRowBlock = 256;     // rows of a column sum, likewise
 constexpr int64_t kTileBytes = 384 << 10;  // packed rows of a block: they stay in L2 while the panels pass
 
@@ -23,6 +24,7 @@ struct Workspace {
   Buffer centred, residual, index, value, d_value, count, squared;
   Buffer aux_residual, aux_index, aux_value, aux_d_value, aux_count, aux_squared;
   Buffer starts, pairs, aux_starts, aux_pairs, histogram;
+  Buffer aux_latents, aux_rank, aux_encoder, aux_decoder;
   Buffer sums, partial;
   std::vector<Buffer> threads;
 
@@ -30,7 +32,8 @@ struct Workspace {
   void each(Visit visit) {
     for (Buffer* b : {&panels, &encoder_terms, &dead_bits, &centred, &residual, &index, &value, &d_value, &count, &squared,
                       &aux_residual, &aux_index, &aux_value, &aux_d_value, &aux_count, &aux_squared, &starts, &pairs,
-                      &aux_starts, &aux_pairs, &histogram, &sums, &partial})
+                      &aux_starts, &aux_pairs, &histogram, &aux_latents, &aux_rank, &aux_encoder, &aux_decoder, &sums,
+                      &partial})
       visit(*b);
     for (Buffer& b : threads) visit(b);
   }
@@ -116,7 +119,7 @@ RowsTask selection(const Shape& shape, const Weights& w, const float* x, Precisi
   task.encoder = w.encoder;
   task.latent_bias = w.latent_bias;
   task.pre_bias = w.pre_bias;
-  task.packed = &packed.encoder;
+  task.packed = packed.encoder;
   task.poisoned = packed.poisoned;
   task.k = k;
   task.centred = workspace.centred.take<float>(shape.batch * task.stride);
@@ -130,7 +133,7 @@ RowsStats run_rows(const Level& l, const RowsTask& task) {
   const Timer timer(times.rows);
   const int64_t tile_bytes = l.packed_words(task.precision, task.d_model) * 4 * l.tile_rows;
   const int64_t n_threads = omp_get_max_threads();
-  const int64_t most = std::clamp<int64_t>((task.auxk ? kTileBytes / 2 : kTileBytes) / tile_bytes, 1, 20) * l.tile_rows;
+  const int64_t most = std::clamp<int64_t>(kTileBytes / tile_bytes, 1, 20) * l.tile_rows;
   const int64_t n_blocks = ceil_div(ceil_div(task.n_rows, most), n_threads) * n_threads;
   const int64_t rows = ceil_div(ceil_div(task.n_rows, n_blocks), l.tile_rows) * l.tile_rows;
   std::vector<RowsStats> stats(static_cast<size_t>(ceil_div(task.n_rows, rows)));
@@ -211,24 +214,53 @@ double error_spread(const Level& l, const RowsTask& task, const double* sums) {
   return total(parts.data(), n_blocks);
 }
 
+/// AuxK's gradients of the next latents from `begin` on, at most kAuxLatents of them; returns where the rest begins.
+int64_t next_aux_part(const Level& l, LatentsTask& task, AuxTask& aux, int64_t n_rows, int64_t begin) {
+  uint32_t* latents = workspace.aux_latents.take<uint32_t>(kAuxLatents);
+  int32_t* rank = workspace.aux_rank.take<int32_t>(task.n_latents);
+  int64_t end = begin, count = 0;
+  for (; end < task.n_latents && (count < kAuxLatents || end % kLatentBlock); ++end) {
+    const bool active = task.aux->start[end] < task.aux->start[end + 1];
+    if (active && count == kAuxLatents) break;
+    rank[end] = active ? static_cast<int32_t>(count) : -1;
+    if (active) latents[count++] = static_cast<uint32_t>(end);
+  }
+  if (end < task.n_latents) {  // whole blocks only
+    end = end / kLatentBlock * kLatentBlock;
+    while (count && latents[count - 1] >= end) --count;
+  }
+  aux = {n_rows, task.stride, task.centred, task.aux, latents, count,
+         workspace.aux_encoder.take<float>(count * task.stride), workspace.aux_decoder.take<float>(count * task.stride)};
+  task.aux_part = &aux;
+  task.aux_rank = rank;
+  parallel(ceil_div(task.stride, kPart), l.aux_scratch_bytes(count),
+           [&](int64_t part, char* area) { l.aux_gradients(aux, part * kPart, area); });
+  return end;
+}
+
 /// Visits every latent's gradient by blocks and adds up d_bias encoder; visit(latent, d_encoder, d_bias, d_decoder).
 template <class Visit>
-std::vector<double> each_gradient(const Level& l, const LatentsTask& task, Visit visit) {
+std::vector<double> each_gradient(const Level& l, LatentsTask task, int64_t n_rows, Visit visit) {
   const Timer timer(times.latents);
   const int64_t n_blocks = ceil_div(task.n_latents, kLatentBlock), d = task.d_model;
   float* partial = workspace.partial.take<float>(n_blocks * d);
-  parallel(n_blocks, 2 * task.stride * 4, [&](int64_t block, char* area) {
-    float* d_encoder = reinterpret_cast<float*>(area);
-    float* d_decoder = d_encoder + task.stride;
-    float* sums = partial + block * d;
-    std::fill(sums, sums + d, 0.0f);
-    const int64_t end = std::min(task.n_latents, (block + 1) * kLatentBlock);
-    for (int64_t i = block * kLatentBlock; i < end; ++i) {
-      const float d_bias = l.latent_gradient(task, i, d_encoder, d_decoder);
-      if (d_bias != 0) l.add_scaled(sums, d_bias, task.encoder + i * d, d);
-      visit(i, d_encoder, d_bias, d_decoder);
-    }
-  });
+  AuxTask aux;
+  for (int64_t begin = 0, end = task.n_latents; begin < task.n_latents; begin = end) {
+    end = task.aux ? next_aux_part(l, task, aux, n_rows, begin) : task.n_latents;
+    const int64_t first = begin / kLatentBlock;
+    parallel(ceil_div(end, kLatentBlock) - first, 2 * task.stride * 4, [&](int64_t i, char* area) {
+      const int64_t block = first + i, last = std::min(end, (block + 1) * kLatentBlock);
+      float* d_encoder = reinterpret_cast<float*>(area);
+      float* d_decoder = d_encoder + task.stride;
+      float* sums = partial + block * d;
+      std::fill(sums, sums + d, 0.0f);
+      for (int64_t latent = block * kLatentBlock; latent < last; ++latent) {
+        const float d_bias = l.latent_gradient(task, latent, d_encoder, d_decoder);
+        if (d_bias != 0) l.add_scaled(sums, d_bias, task.encoder + latent * d, d);
+        visit(latent, d_encoder, d_bias, d_decoder);
+      }
+    });
+  }
   std::vector<double> sums(static_cast<size_t>(d), 0.0);
   for (int64_t block = 0; block < n_blocks; ++block)
     for (int64_t t = 0; t < d; ++t) sums[static_cast<size_t>(t)] += partial[block * d + t];
@@ -317,7 +349,8 @@ UpdateTask update_task(int64_t d_model, const Weights& w, const Weights& first, 
 }
 
 LatentsTask latents_task(const Forward& f, const Weights& w) {
-  return {f.task.d_model, f.task.stride, f.task.n_latents, f.task.centred, &f.main, f.has_aux ? &f.aux : nullptr, w.encoder};
+  return {f.task.d_model, f.task.stride, f.task.n_latents, f.task.centred, &f.main, f.has_aux ? &f.aux : nullptr,
+          nullptr,          nullptr,       w.encoder};
 }
 
 /// d pre_bias = sum of d recons - encoder^T sum of d pre-activations.
@@ -361,7 +394,7 @@ Terms topk_gradients(const Shape& shape, const Weights& w, const float* x, Preci
   Forward f = forward(l, shape, w, x, precision, loss, dead, packed);
   f.terms.n_active = count_fired(f.task, n_fired);
   const std::vector<double> through_encoder = each_gradient(
-      l, latents_task(f, w), [&](int64_t i, const float* d_encoder, float d_bias, const float* d_decoder) {
+      l, latents_task(f, w), shape.batch, [&](int64_t i, const float* d_encoder, float d_bias, const float* d_decoder) {
         std::copy(d_encoder, d_encoder + d, gradients.encoder + i * d);
         std::copy(d_decoder, d_decoder + d, gradients.decoder + i * d);
         gradients.latent_bias[i] = d_bias;
@@ -381,7 +414,7 @@ StepResult topk_step(const Shape& shape, const Weights& w, const float* x, Preci
   const UpdateTask update = update_task(d, w, first, second, average, u);
   std::vector<double> squares(static_cast<size_t>(n_blocks), 0.0);
   const std::vector<double> through_encoder = each_gradient(
-      l, latents_task(f, w), [&](int64_t i, const float* d_encoder, float d_bias, float* d_decoder) {
+      l, latents_task(f, w), shape.batch, [&](int64_t i, const float* d_encoder, float d_bias, float* d_decoder) {
         squares[static_cast<size_t>(i / kLatentBlock)] += project(l, w, i, d, d_encoder, d_bias, d_decoder);
         l.update_latent(update, i, d_encoder, d_bias, d_decoder, 1.0f);
       });

@@ -281,6 +281,14 @@ def test_contexts_longer_than_the_subject_reads_are_refused(config: HarvestConfi
         harvest(dataclasses.replace(config, context_length=129))
 
 
+def test_too_little_held_out_text_shows_before_any_forward_pass(
+    config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "_captured", None)
+    with pytest.raises(ValueError, match="held-out tokens"):
+        harvest(dataclasses.replace(config, n_tokens_held_out=10**6))
+
+
 def flip_last_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

@@ -149,6 +149,7 @@ def test_manifest_round_trips_and_names_the_versions(tmp_path: Path) -> None:
         ({"kind": "run", "format": 1}, "describes 'run', not 'store'"),
         ({"kind": "store", "format": 99}, "format 99; this version reads format 1"),
         ({"kind": "store"}, "format None"),
+        ({"kind": "store", "format": 1, "config": {}, "versions": {}}, "lacks sources; restore it"),
         ({}, "describes None"),
         ([], "describes 'list'"),
     ],

@@ -139,6 +139,7 @@ def test_from_dict_refuses_what_is_no_object(data: Any) -> None:
         ({"held_out_fraction": 1.0}, "held_out_fraction is 1.0; give a share between 0 and 1"),
         ({"held_out_fraction": float("nan")}, "held_out_fraction is nan"),
         ({"layer": -1}, "layer is -1; layers count from 0"),
+        ({"seed": 2**63}, "seed is 9223372036854775808; give a whole number from 0"),
     ],
 )
 def test_harvest_config_says_what_is_wrong(changes: dict[str, Any], message: str) -> None:
@@ -158,10 +159,16 @@ def test_harvest_config_says_what_is_wrong(changes: dict[str, Any], message: str
         ({"auxk_coef": float("nan")}, "auxk_coef is nan; it must be at least 0"),
         ({"activation": "gelu"}, "activation is 'gelu'; choose one of topk, relu"),
         ({"impl": "cuda"}, "impl is 'cuda'; choose one of auto, reference, torch, native"),
-        ({"precision": "int8"}, "precision is 'int8'; choose one of fp32, bf16"),
+        ({"precision": "int8"}, "precision is 'int8'; choose one of auto, fp32, bf16"),
         ({"k": 65, "n_latents": 64}, "k is 65 but there are only 64 latents; lower k or raise n_latents"),
         ({"l1_coef": 0.1}, "l1_coef has no effect with activation=topk"),
         ({"activation": "relu", "auxk": 8}, "auxk has no effect with activation=relu"),
+        ({"l1_warmup_steps": 5}, "l1_warmup_steps has no effect without l1_coef"),
+        ({"activation": "relu", "auxk_coef": 0.5}, "auxk_coef has no effect without AuxK"),
+        ({"auxk": 0, "auxk_coef": 0.5}, "auxk_coef has no effect without AuxK"),
+        ({"impl": "reference", "precision": "bf16"}, "precision=bf16 has no effect"),
+        ({"activation": "relu", "precision": "bf16"}, "precision=bf16 has no effect"),
+        ({"seed": -1}, "seed is -1; give a whole number from 0"),
         ({"n_tokens": 100, "batch_size": 101}, "n_tokens is 100, less than one batch of 101; raise n_tokens"),
         ({"ema": 1.0}, r"ema is 1.0; give a coefficient in \[0, 1\)"),
         ({"ema": -0.1}, r"ema is -0.1; give a coefficient in \[0, 1\)"),
@@ -183,6 +190,7 @@ def test_train_config_says_what_is_wrong(changes: dict[str, Any], message: str) 
     [
         ({"n_tokens_downstream": 0}, "n_tokens_downstream is 0; it must be at least 1"),
         ({"n_bootstrap": 19}, "n_bootstrap is 19; it must be at least 20"),
+        ({"seed": -1}, "seed is -1; give a whole number from 0"),
     ],
 )
 def test_eval_config_says_what_is_wrong(changes: dict[str, Any], message: str) -> None:
@@ -207,7 +215,7 @@ def test_run_config_refuses_a_folder_of_a_stage(stage: dict[str, Any]) -> None:
 
 def test_what_is_allowed_at_the_edge_builds() -> None:
     train(k=64, n_latents=64, ema=0.0, auxk=0, auxk_coef=0.0, n_tokens=5, batch_size=5)
-    train(activation="relu", k=10**6, n_latents=8, auxk=0, l1_coef=0.1)
+    train(activation="relu", k=10**6, n_latents=8, auxk=0, l1_coef=0.1, l1_warmup_steps=1, seed=2**63 - 1)
     harvest(context_length=2, layer=0)
     EvalConfig(run="run", n_bootstrap=20)
 

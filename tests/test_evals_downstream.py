@@ -170,10 +170,10 @@ def store(tiny_model: Path, corpus: Path, tmp_path_factory: pytest.TempPathFacto
     return made_store(tiny_model, corpus, tmp_path_factory.mktemp("store"))
 
 
-def made_store(model: Path, corpus: Path, out: Path, seed: int = 0) -> ActivationStore:
+def made_store(model: Path, corpus: Path, out: Path, seed: int = 0, held_out: float = 0.3) -> ActivationStore:
     config = HarvestConfig(
         out=str(out / "store"), model=str(model), corpus=str(corpus), context_length=16, n_tokens=1800,
-        n_tokens_held_out=1200, held_out_fraction=0.3, dtype="float32", block_contexts=8, seed=seed, device="cpu",
+        n_tokens_held_out=1200, held_out_fraction=held_out, dtype="float32", block_contexts=8, seed=seed, device="cpu",
     )  # fmt: skip
     return harvest(config)
 
@@ -185,6 +185,7 @@ def made_run(folder: Path, activations: ActivationStore, **provenance: object) -
         "site": dataclasses.asdict(activations.site),
         "store": str(activations.path),
         "sources": {"store": activations.hash, **activations.manifest["sources"]},
+        "harvest": activations.config,
         "tokens_seen": 2400,
         "distinct_tokens": 1200,
         "dead_latents": {"count": 16, "window_tokens": 2000},
@@ -247,6 +248,22 @@ def test_evaluate_on_other_text_leaves_out_what_only_the_training_store_knows(
     report = evaluate(dataclasses.replace(made_run(tmp_path, store), store=str(other.path)))
     assert "normalized_mse_train" not in report["metrics"]
     assert "normalized_mse_train is left out" in caplog.text
+
+
+def test_evaluate_refuses_held_out_text_that_was_trained_on(
+    tiny_model: Path, corpus: Path, store: ActivationStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a larger fraction holds out beyond the smaller one was in the training split."""
+    larger = made_store(tiny_model, corpus, tmp_path / "larger", held_out=0.5)
+    smaller = made_store(tiny_model, corpus, tmp_path / "smaller", held_out=0.28)
+    run = made_run(tmp_path, store)
+    with pytest.raises(ValueError, match=r"holds out 0\.5 of the corpus .* training held out 0\.3: some of it"):
+        evaluate(dataclasses.replace(run, store=str(larger.path)))
+    evaluate(dataclasses.replace(run, store=str(smaller.path)))
+    assert "may have been trained on" not in caplog.text
+    other = {"sources": {**store.manifest["sources"], "corpus": "another"}}
+    evaluate(dataclasses.replace(made_run(tmp_path / "other", store, **other), store=str(larger.path)))
+    assert "may have been trained on" in caplog.text
 
 
 def test_evaluate_of_an_encoder_leaves_out_the_downstream_numbers(

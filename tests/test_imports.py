@@ -107,7 +107,7 @@ def test_imports_go_down_the_layers() -> None:
         ("types", "import importlib\nimportlib.import_module('monosem.model')"),
         ("training", "from monosem.evals import evaluate"),
         ("subject", "from monosem import tokens"),
-        ("evals.downstream", "from ..run import run"),
+        ("evals.downstream", "from ..main_job import run"),
         ("model", "from monosem import _native"),
         ("model", "from monosem import harvest"),
     ],
@@ -131,7 +131,7 @@ def test_layer_faults_accepts_a_downward_import(module: str, code: str) -> None:
 
 def test_layer_faults_resolves_a_relative_import_of_a_package() -> None:
     assert layer_faults("evals", ast.parse("from .bootstrap import ratio"), is_package=True) == []
-    assert layer_faults("evals", ast.parse("from ..run import run"), is_package=True) == [
+    assert layer_faults("evals", ast.parse("from ..main_job import run"), is_package=True) == [
         "evals imports monosem.main_job.run"
     ]
 

@@ -30,6 +30,12 @@ def test_append_writes_one_json_object_a_line(log: MetricsLog) -> None:
     assert [json.loads(line) for line in lines] == [{"step": s, "loss": 1 / s} for s in (10, 20, 30)]
 
 
+def test_a_number_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append({"step": 1, "auxk_loss": float("nan"), "mse": float("inf")})
+    assert log.path.read_text("utf-8") == '{"step": 1, "auxk_loss": null, "mse": null}\n'
+
+
 def test_rows_of_a_log_not_yet_written_are_none(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.rewind(5)

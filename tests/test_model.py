@@ -60,6 +60,11 @@ def test_load_refuses_a_damaged_or_foreign_folder(tmp_path: Path) -> None:
         Autoencoder.load(tmp_path)
     path.write_bytes(whole)
     facts = json.loads((tmp_path / "config.json").read_text())
+    provenance = facts.pop("provenance")
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="says no provenance"):
+        Autoencoder.load(tmp_path)
+    facts["provenance"] = provenance
     facts["config"]["activation"] = "gelu"
     (tmp_path / "config.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match="activation is 'gelu'"):
@@ -87,18 +92,19 @@ def test_weights_of_the_wrong_shape_are_refused() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_initial_weights_follow_the_recipe(tied: bool) -> None:
+@pytest.mark.parametrize("k", [6, None])
+def test_initial_weights_follow_the_recipe(tied: bool, k: int | None) -> None:
     x = normalize(tokens(2000, 24))[0]
-    weights = initial_weights(x, 64, 6, tied=tied, seed=3)
+    weights = initial_weights(x, 64, k, tied=tied, seed=3)
     torch.testing.assert_close(weights.decoder.norm(dim=1), torch.ones(64))
     cosine = torch.cosine_similarity(weights.encoder, weights.decoder, dim=1)
     assert (cosine > 0.9999).all() if tied else (cosine < 0.9).all()
     assert weights.latent_bias.abs().max() == 0
-    model = Autoencoder(AutoencoderConfig(24, 64, 6), weights)
+    model = Autoencoder(AutoencoderConfig(24, 64, 6, "topk" if k else "relu"), weights)
     recons = model.decode(model.encode(x)) - weights.pre_bias
     want = (x - weights.pre_bias).norm(dim=1).mean().item()
     assert recons.norm(dim=1).mean().item() == pytest.approx(want, rel=1e-4)
-    again = initial_weights(x, 64, 6, tied=tied, seed=3)
+    again = initial_weights(x, 64, k, tied=tied, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
 
 
@@ -123,6 +129,11 @@ def test_mse_scale_makes_the_loss_of_the_mean_one() -> None:
     assert losses.mse(mean, x, losses.mse_scale(x)).item() == pytest.approx(1, rel=1e-5)
     assert losses.normalized_mse(mean, x) == pytest.approx(1)
     assert losses.normalized_mse(x, x) == 0
+
+
+def test_mse_scale_of_a_sample_that_does_not_vary_is_refused() -> None:
+    with pytest.raises(ValueError, match="all activations of the sample are equal"):
+        losses.mse_scale(torch.ones(4, 3))
 
 
 def test_weights_are_kept_latent_by_latent() -> None:

@@ -106,11 +106,15 @@ def test_contexts_say_how_many_tokens_a_small_corpus_has(tmp_path: Path) -> None
         packed(corpus, held_out=True, held_out_fraction=1e-12)
 
 
-def test_the_separator_is_eos_then_bos() -> None:
-    assert tokens.separator_token(types.SimpleNamespace(eos_token_id=0, bos_token_id=5)) == 0
-    assert tokens.separator_token(types.SimpleNamespace(eos_token_id=None, bos_token_id=5)) == 5
-    with pytest.raises(ValueError, match="neither an eos nor a bos"):
-        tokens.separator_token(types.SimpleNamespace(eos_token_id=None, bos_token_id=None))
+def test_the_separator_is_eos_then_bos_then_sep() -> None:
+    def separator(eos: int | None, bos: int | None, sep: int | None) -> int:
+        return tokens.separator_token(types.SimpleNamespace(eos_token_id=eos, bos_token_id=bos, sep_token_id=sep))
+
+    assert separator(0, 5, 7) == 0
+    assert separator(None, 5, 7) == 5
+    assert separator(None, None, 7) == 7  # BERT's tokenizer has no other
+    with pytest.raises(ValueError, match="no eos, bos or sep token"):
+        separator(None, None, None)
 
 
 def test_held_out_and_training_documents_are_disjoint_for_any_seeds(tmp_path: Path) -> None:
@@ -239,17 +243,33 @@ def test_corpus_hash_follows_the_content(tmp_path: Path) -> None:
     assert corpus_hash(str(tiny_corpus(tmp_path / "c", seed=1))) != first
 
 
+def write_probe_set(folder: Path, stem: str, *prompts: str) -> None:
+    text = "prompt,prompt_len,target\n" + "".join(f"{prompt},5,1\n" for prompt in prompts)
+    (folder / f"{stem}.csv.zst").write_bytes(zstandard.ZstdCompressor().compress(text.encode()))
+
+
 def test_sae_probes_text_reads_prompts_of_the_chosen_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "fetch", lambda name: tmp_path)
     for stem in (*tokens.SAE_PROBES_STEMS, "87_glue_cola"):
-        text = f"prompt,prompt_len,target\nan essay from {stem},5,1\nthe same everywhere,5,0\n"
-        (tmp_path / f"{stem}.csv.zst").write_bytes(zstandard.ZstdCompressor().compress(text.encode()))
+        write_probe_set(tmp_path, stem, f"an essay from {stem}", "the same everywhere")
     found = list(documents("sae-probes-text"))
     assert len(found) == len(tokens.SAE_PROBES_STEMS) + 1
     assert not [document for document in found if "glue" in document]
     (tmp_path / "94_ai_gen.csv.zst").unlink()
     with pytest.raises(ValueError, match="lacks 94_ai_gen"):
         list(documents("sae-probes-text"))
+
+
+def test_sae_probes_text_tells_a_story_once_however_many_questions_follow_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "fetch", lambda name: tmp_path)
+    story = "once upon a time " * 20
+    for stem in tokens.SAE_PROBES_STEMS:
+        write_probe_set(tmp_path, stem, f"{stem}: {story} Who?", f"{stem}: {story} Where?", f"{stem} too: {story} Who?")
+    found = list(documents("sae-probes-text"))
+    assert [d[-4:] for d in found if d.startswith("45_context_ans")] == ["Who?", "Who?"]
+    assert len(found) == 2 + 3 * (len(tokens.SAE_PROBES_STEMS) - 1)
 
 
 def test_python_docstrings_reads_the_long_ones_and_passes_over_broken_files(

@@ -115,6 +115,7 @@ def test_killed_and_run_again_ends_in_the_same_bits(store: Path, tmp_path: Path,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     train(cut)
+    assert [path.name for path in (tmp_path / "cut" / "state").iterdir() if path.suffix == ".tmp"] == []
     want, got = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "cut")
     assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
     assert rows_without_time(tmp_path / "whole") == rows_without_time(tmp_path / "cut")
@@ -151,6 +152,21 @@ def test_interrupt_saves_and_says_how_to_go_on(store: Path, tmp_path: Path) -> N
     assert latest["step"] >= 3
 
 
+def test_resuming_elsewhere_says_that_bits_may_change(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(configured(store, tmp_path))
+    (tmp_path / "autoencoder" / "config.json").unlink()
+    train(configured(store, tmp_path))
+    assert "bit-identical" not in caplog.text
+    latest = json.loads((tmp_path / "state" / "latest.json").read_text())
+    latest["bits_depend_on"] |= {"torch": "1.0", "device": "cuda:0"}
+    (tmp_path / "state" / "latest.json").write_text(json.dumps(latest))
+    (tmp_path / "autoencoder" / "config.json").unlink()
+    train(configured(store, tmp_path))
+    assert "resuming with device: 'cuda:0' -> 'cpu', torch: '1.0' ->" in caplog.text
+
+
 def test_train_again_is_skipped_and_changes_nothing(
     store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -185,7 +201,8 @@ def test_train_that_diverges_says_so(store: Path, tmp_path: Path) -> None:
 def test_relu_trains_and_more_l1_means_fewer_active_latents(store: Path, tmp_path: Path) -> None:
     l0 = []
     for l1_coef in (0.0, 0.3):
-        train(configured(store, tmp_path / str(l1_coef), activation="relu", l1_coef=l1_coef, l1_warmup_steps=10))
+        warmup = 10 if l1_coef else 0
+        train(configured(store, tmp_path / str(l1_coef), activation="relu", l1_coef=l1_coef, l1_warmup_steps=warmup))
         l0.append(rows_without_time(tmp_path / str(l1_coef))[-1]["l0"])
     assert l0[1] < 0.5 * l0[0]
 

@@ -329,6 +329,10 @@ class _Job(NamedTuple):
         """Position of the first token kept of each context."""
         return 0 if self.config.keep_first_token else 1
 
+    @property
+    def block_rows(self) -> int:
+        return self.config.block_contexts * (self.config.context_length - self.first)
+
 
 def _harvest(config: HarvestConfig, out: Path) -> None:
     started = time.perf_counter()
@@ -341,8 +345,9 @@ def _harvest(config: HarvestConfig, out: Path) -> None:
     sources = {"subject": subject.hash, "tokenizer": subject.tokenizer_hash, "corpus": corpus_hash(config.corpus)}
     _start_or_resume(out, config, sources)
     splits, sidecars = {}, {}
+    found = {split: _contexts(job, split) for split in SPLITS}  # both at first: too little text shows before any work
     for split in SPLITS:
-        splits[split], sidecars[split] = _harvest_split(job, split)
+        splits[split], sidecars[split] = _harvest_split(job, split, found[split])
     facts = {
         "subject": subject.name,
         "site": dataclasses.asdict(job.site),
@@ -361,7 +366,7 @@ def _harvest(config: HarvestConfig, out: Path) -> None:
 
 def _start_or_resume(out: Path, config: HarvestConfig, sources: dict[str, str]) -> None:
     """Write the plan, or check that it is the same; clear away what a killed process was writing."""
-    if (out / "plan.json").exists():
+    if (out / "plan.json").exists() and any(out.rglob("shard-*")):  # a plan without a shard holds nothing yet
         _require_same(out, artifacts.read_manifest(out / "plan.json", PLAN_KIND), config, sources)
         log.info("resuming the harvest in %s", out)
     else:
@@ -386,25 +391,29 @@ def _local_corpus(config: HarvestConfig) -> dict[str, str]:
     return {"corpus": corpus_hash(config.corpus)} if there else {}
 
 
-def _harvest_split(job: _Job, split: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Write what is missing of one split; its entry in the manifest, and the sidecars of its shards."""
+def _contexts(job: _Job, split: str) -> Contexts:
+    """The contexts of one split: whole blocks, with at least the rows that the config asks for."""
     config = job.config
-    block_rows = config.block_contexts * (config.context_length - job.first)
-    n_blocks = -(-(config.n_tokens if split == "train" else config.n_tokens_held_out) // block_rows)
-    found = contexts(
+    n_rows = config.n_tokens if split == "train" else config.n_tokens_held_out
+    return contexts(
         config.corpus,
         job.subject.tokenizer,
         context_length=config.context_length,
-        n_contexts=n_blocks * config.block_contexts,
+        n_contexts=-(-n_rows // job.block_rows) * config.block_contexts,
         held_out=split == "held_out",
         held_out_fraction=config.held_out_fraction,
         seed=config.seed,
     )
+
+
+def _harvest_split(job: _Job, split: str, found: Contexts) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Write what is missing of one split; its entry in the manifest, and the sidecars of its shards."""
+    n_blocks = len(found.tokens) // job.config.block_contexts
     artifacts.write_json(job.out / split / "documents.json", found.document_hashes)
     sidecars = _write_shards(job, split, found, n_blocks)
     entry = {
         "n_blocks": n_blocks,
-        "n_rows": n_blocks * block_rows,
+        "n_rows": n_blocks * job.block_rows,
         "n_contexts": len(found.tokens),
         "n_excluded": len(found.tokens) * job.first,
         "n_documents": len(found.document_hashes),
@@ -483,7 +492,7 @@ def _finished_sidecar(out: Path, file: str) -> dict[str, Any] | None:
             return sidecar
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:  # not UTF-8, not JSON, or not a sidecar
         log.debug("%s: %r", path.with_suffix(".json"), error)
     log.warning("%s is damaged and is harvested again", path)
     return None

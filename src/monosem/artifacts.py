@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -35,11 +36,11 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
         _fsync(temporary)
         os.replace(temporary, path)
         _fsync(path.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        code = _os_error_code(error)
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
-                error.errno,
-                f"no room to write {path} ({error.strerror}); free some space and run the same command again",
+                code, f"no room to write {path} ({os.strerror(code)}); free some space and run the same command again"
             ) from error
         raise
     finally:
@@ -58,6 +59,8 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); give a JSON file that can") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); delete it or restore it from a copy") from None
 
@@ -88,9 +91,11 @@ def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
     data = read_json(path)
     if not isinstance(data, dict) or data.get("kind") != kind:
         found = data.get("kind") if isinstance(data, dict) else type(data).__name__
-        raise ValueError(f"{path} describes {found!r}, not {kind!r}; give the folder of a {kind}")
+        raise ValueError(f"{path} describes {found!r}, not {kind!r}; give the folder of one")
     if data.get("format") != FORMAT_VERSION:
         raise ValueError(f"{path} has format {data.get('format')}; this version reads format {FORMAT_VERSION}")
+    if missing := sorted({"config", "sources", "versions"} - data.keys()):
+        raise ValueError(f"{path} lacks {', '.join(missing)}; restore it from a copy or make it again")
     return data
 
 
@@ -105,15 +110,30 @@ def versions() -> dict[str, str]:
 
 @contextlib.contextmanager
 def folder_lock(folder: str | Path) -> Iterator[None]:
-    """Hold `folder` for this process; `ValueError` when another process works in it. A killed holder frees it."""
+    """Hold `folder` for this process; a killed holder frees it.
+
+    `ValueError` when another process works in it, or when it cannot be made or written in.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 closed below
+    except OSError as error:
+        raise ValueError(f"cannot write in the folder {folder} ({error.strerror}); choose another") from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"another process is working in {folder}; wait for it or choose another folder") from None
         yield
+
+
+def _os_error_code(error: Exception) -> int | None:
+    """The errno behind an error; safetensors, written in Rust, only puts it in words: `... (os error 28)`."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -19,14 +19,14 @@ from monosem.types import OptimizerState, Weights
 
 
 def save_state(folder: str | Path, state: TrainState, facts: dict[str, Any]) -> None:
-    """Write `state` and the JSON-able `facts` of the run, then forget the state before it."""
+    """Write `state` and the JSON-able `facts` of the run, then forget the states before it."""
     folder = Path(folder)
     name = f"state-{state.step:08d}.safetensors"
     tensors = {key: value.cpu().contiguous() for key, value in _tensors(state).items()}
     artifacts.write_atomic(folder / name, lambda temporary: save_file(tensors, temporary))
     pointer = {"file": name, "sha256": artifacts.sha256_file(folder / name), "step": state.step, **facts}
     artifacts.write_json(folder / "latest.json", artifacts.manifest("training-state", {}, {}, **pointer))
-    for old in folder.glob("state-*.safetensors"):
+    for old in [*folder.glob("state-*.safetensors"), *folder.glob(".*.tmp")]:  # a killed process left the latter
         if old.name != name:
             old.unlink()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import logging
@@ -45,38 +46,64 @@ usage: monosem COMMAND [--config FILE.json] [flags]
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    logs.show_progress(True)
+    try:
+        try:
+            return _command(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()  # here, where a reader that went away is an error that we can catch
+    except BrokenPipeError:  # as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        message = _message(error)
+        if message is None or os.environ.get("MONOSEM_DEBUG"):
+            raise
+        logs.end_progress()
+        print(f"monosem: error: {' '.join(message.split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        logs.end_progress()
+        print(f"\nmonosem: {str(stop) or 'stopped; run the same command to go on'}", file=sys.stderr)
+        return 130
+
+
+def _command(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE, file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     if argv[0] == "--version":
         print(__version__)
         return 0
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    log.setLevel(logging.INFO)
-    logs.show_progress(True)
-    try:
-        return _command(argv[0], argv[1:])
-    except BrokenPipeError:  # the reader of our output went away (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (ValueError, OSError) as error:
-        if os.environ.get("MONOSEM_DEBUG"):
-            raise
-        print(f"monosem: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"\nmonosem: {stop or 'stopped; run the same command to go on'}", file=sys.stderr)
-        return 130
+    return _stage(argv[0], argv[1:])
 
 
-def _command(name: str, argv: list[str]) -> int:
+def _message(error: Exception) -> str | None:
+    """What to tell about a mistake or a machine at its limits; None for an error of our own making."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if "no room" in text:  # `artifacts.write_atomic` has said it all
+            return error.strerror
+        return f"no room to write ({text}); free some space and run the same command again"
+    if isinstance(error, (ValueError, OSError)):
+        return text
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return f"not enough memory ({text or 'out of memory'}); lower n_latents, batch_size or block_contexts"
+    return None
+
+
+def _stage(name: str, argv: list[str]) -> int:
     if name not in _STAGES:
         raise ValueError(f"there is no command {name!r}; choose one of {', '.join(_STAGES)} (monosem --help)")
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     own.add_argument("--config")
     own.add_argument("--json", action="store_true")
-    ours, rest = own.parse_known_args(argv)
+    try:
+        ours, rest = own.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error} (monosem {name} --help)") from None
     if ours.json and name not in ("eval", "run"):
         raise ValueError(f"--json has no effect on `monosem {name}`; leave it out")
     if name in _POSITIONAL and rest and not rest[0].startswith("-"):
@@ -133,9 +160,18 @@ def _parse(name: str, kind: type, config_file: str | None, argv: list[str]) -> A
     except SystemExit as stop:
         if not stop.code:
             raise
-        words = re.sub(r"[\s─╭╮╰╯│]+", " ", complaint.getvalue())  # tyro draws a box; a mistake is one line here
-        words = re.sub(r"^ (Value error|Unrecognized options|Required options|Parsing error) ", "", words)
-        raise ValueError(f"{words.split('For full helptext')[0].strip()} (monosem {name} --help)") from None
+        raise ValueError(f"{_unboxed(complaint.getvalue())} (monosem {name} --help)") from None
+
+
+def _unboxed(box: str) -> str:
+    """tyro's complaint, drawn as a box with a title and ruled sections, as one line."""
+    inside = re.sub(r"(?m)^[ │╭╰]+|[ │╮╯]+$", "", box)
+    _title, *sections = [" ".join(part.split()) for part in re.split(r"[─-]{4,}", inside)]
+    kinds = [s.split()[3] for s in sections if s.startswith("Argument helptext: --")]
+    said = [s for s in sections if s and not s.startswith(("Argument helptext:", "For full helptext"))]
+    if kinds and (wrong := re.match(r"Error parsing (--\S+): .*?'(.*?)'", said[0])):
+        return f"{wrong[1]} is {wrong[2]!r}; give {kinds[0]}"
+    return re.sub(r"^Error parsing \w+: ", "", "; ".join(said))
 
 
 if __name__ == "__main__":

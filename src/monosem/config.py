@@ -65,6 +65,7 @@ class HarvestConfig:
         _one_of(self, "dtype", Dtype)
         if not 0 < self.held_out_fraction < 1:
             raise ValueError(f"held_out_fraction is {self.held_out_fraction}; give a share between 0 and 1")
+        _check_seed(self.seed)
         if self.layer is not None and self.layer < 0:
             raise ValueError(f"layer is {self.layer}; layers count from 0")
 
@@ -82,8 +83,9 @@ class TrainConfig:
     """Latents kept per token (TopK)."""
     activation: Activation = "topk"
     n_tokens: int = 1_048_576
-    """Token-visits to train for (the store is read again, in a new order, as often as needed)."""
-    batch_size: int = 2048
+    """Token-visits to train for, rounded up to whole batches (the store is read again, in a new order, as often as
+    needed)."""
+    batch_size: int = 1024
     """Tokens a step."""
     lr: float | None = None
     """Adam's step size; default: `step.default_lr`, which falls with 1/sqrt(n_latents)."""
@@ -129,6 +131,15 @@ class TrainConfig:
             raise ValueError("l1_coef has no effect with activation=topk; leave it at 0 or choose activation=relu")
         if self.activation == "relu" and self.auxk:
             raise ValueError("auxk has no effect with activation=relu; leave it unset or choose activation=topk")
+        if self.l1_warmup_steps and not self.l1_coef:
+            raise ValueError("l1_warmup_steps has no effect without l1_coef; set l1_coef or leave it at 0")
+        if self.auxk_coef not in (0, 1 / 32) and (self.activation == "relu" or self.auxk == 0):
+            raise ValueError("auxk_coef has no effect without AuxK; leave it unset, or use TopK with auxk > 0")
+        if self.precision != "auto" and (self.activation == "relu" or self.impl == "reference"):
+            raise ValueError(
+                f"precision={self.precision} has no effect with activation=relu or impl=reference (fp32); leave it auto"
+            )
+        _check_seed(self.seed)
         if self.n_tokens < self.batch_size:
             raise ValueError(f"n_tokens is {self.n_tokens}, less than one batch of {self.batch_size}; raise n_tokens")
         if self.ema is not None and not 0 <= self.ema < 1:
@@ -150,13 +161,14 @@ class EvalConfig:
     n_tokens_downstream: int = 16_384
     """Held-out tokens on which the subject is run with and without the reconstruction."""
     n_bootstrap: int = 1000
-    """Resamples of contexts behind each 95% interval."""
+    """Resamples of documents behind each 95% interval."""
     seed: int = 0
     device: str = "auto"
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "n_tokens_downstream")
         _at_least(self, 20, "n_bootstrap")
+        _check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -229,6 +241,11 @@ def _at_least(config: Any, low: float, *names: str) -> None:
         value = getattr(config, name)
         if not value >= low:
             raise ValueError(f"{name} is {value}; it must be at least {low}")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; give a whole number from 0 to 2^63 - 1")
 
 
 def _one_of(config: Any, name: str, choices: Any) -> None:

@@ -6,6 +6,8 @@ The library writes neither to stdout nor to stderr unless `show_progress(True)` 
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +16,7 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 _show = False
+_open_bars: list[tqdm] = []
 
 
 def show_progress(on: bool) -> None:
@@ -27,9 +30,19 @@ def progress(items: Iterable[T], label: str, unit: str, *, total: int, each: int
     with tqdm(
         total=total, initial=start, desc=label, unit=unit, unit_scale=True, disable=not _show, mininterval=0.5
     ) as bar:
-        for item in items:
-            yield item
-            bar.update(each)
+        _open_bars.append(bar)
+        try:
+            for item in items:
+                yield item
+                bar.update(each)
+        finally:
+            _open_bars.remove(bar)
+
+
+def end_progress() -> None:
+    """Close the bars of loops that an error has left, so that what is printed next begins a line."""
+    for bar in _open_bars:
+        bar.close()
 
 
 class MetricsLog:
@@ -39,15 +52,19 @@ class MetricsLog:
         self.path = Path(path)
 
     def append(self, row: dict[str, Any]) -> None:
+        """Add a row. A number that is not finite becomes null: JSON has none."""
+        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def rewind(self, step: int) -> None:
         """Keep the whole rows with `row["step"] <= step` (a torn last line is dropped too)."""
         rows = [row for row in self.rows() if row["step"] <= step]
         if self.path.exists():
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            temporary = self.path.with_name(f".{self.path.name}.tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            os.replace(temporary, self.path)  # at once: a kill leaves the old rows or the new ones
 
     def rows(self) -> list[dict[str, Any]]:
         if not self.path.exists():

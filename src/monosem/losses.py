@@ -12,9 +12,15 @@ def mse(recons: Float[Tensor, "batch d_model"], x: Float[Tensor, "batch d_model"
 
 
 def mse_scale(sample: Float[Tensor, "batch d_model"]) -> float:
-    """1 / mean((x - mean_0)^2): the constant that makes the loss of predicting the mean 1."""
+    """1 / mean((x - mean_0)^2): the constant that makes the loss of predicting the mean 1.
+
+    `ValueError` when the sample does not vary.
+    """
     sample = sample.double()
-    return 1.0 / (sample - sample.mean(0)).square().mean().item()
+    variance = (sample - sample.mean(0)).square().mean().item()
+    if variance == 0:
+        raise ValueError("all activations of the sample are equal; there is nothing to learn: choose another site")
+    return 1.0 / variance
 
 
 def auxk(recons_aux: Float[Tensor, "batch d_model"], error: Float[Tensor, "batch d_model"]) -> Float[Tensor, ""]:
@@ -37,7 +43,7 @@ def l1(values: Float[Tensor, "batch n_active"]) -> Float[Tensor, ""]:
 
 def normalized_mse(recons: Float[Tensor, "batch d_model"], x: Float[Tensor, "batch d_model"]) -> float:
     """sum ||x - recons||^2 / sum ||x - mean(x)||^2 with float64 sums: 1 when predicting the mean, 0 when exact."""
-    x, recons = x.double(), recons.double()
+    x, recons = x.cpu().double(), recons.cpu().double()  # MPS has no float64
     return ((x - recons).square().sum() / (x - x.mean(0)).square().sum()).item()
 
 

@@ -26,6 +26,8 @@ log = logging.getLogger("monosem")
 
 def run(config: RunConfig) -> dict[str, Any]:
     """Do what is not yet done of the main job; returns the evaluation's report with `seconds` of each stage."""
+    if not config.out:
+        raise ValueError("out is empty; give the folder of the main job")
     out = Path(config.out)
     harvest_config = dataclasses.replace(config.harvest, out=str(out / "store"))
     train_config = dataclasses.replace(config.train, out=str(out), store=str(out / "store"))

@@ -136,6 +136,8 @@ class Autoencoder(nn.Module):
             )
         tensors = load_checked(path, Weights._fields)
         settings = config.from_dict(AutoencoderConfig, data["config"])
+        if not isinstance(data.get("provenance"), dict):
+            raise ValueError(f"{folder / 'config.json'} says no provenance; restore the file or train again")
         return Autoencoder(settings, Weights(**tensors), data["provenance"]).to(device)
 
 
@@ -153,12 +155,14 @@ def load_checked(path: Path, names: tuple[str, ...] | set[str]) -> dict[str, Ten
     return tensors
 
 
-def initial_weights(sample: Float[Tensor, "n d_model"], n_latents: int, k: int, *, tied: bool, seed: int) -> Weights:
+def initial_weights(
+    sample: Float[Tensor, "n d_model"], n_latents: int, k: int | None, *, tied: bool, seed: int
+) -> Weights:
     """Weights to start from, given a sample of normalised activations (Gao et al. 2024, section 2 and appendix A).
 
     Decoder rows are uniformly random unit vectors; the encoder is equal to the decoder (`tied`) or drawn the same way;
     pre_bias is the sample's geometric median; the encoder is then scaled so that the mean norm of z @ decoder
-    is that of x - pre_bias.
+    is that of x - pre_bias, with the k largest latents in z (None: with every positive one, as ReLU has).
     """
     generator = torch.Generator().manual_seed(seed)
     d_model = sample.shape[1]
@@ -166,7 +170,7 @@ def initial_weights(sample: Float[Tensor, "n d_model"], n_latents: int, k: int, 
     encoder = decoder.clone() if tied else _unit_rows(torch.randn(n_latents, d_model, generator=generator))
     pre_bias = losses.geometric_median(sample).float()
     weights = Weights(encoder, torch.zeros(n_latents), decoder, pre_bias)
-    latents = torch_sparse.topk_encode(sample, weights, k)
+    latents = torch_sparse.relu_encode(sample, weights) if k is None else torch_sparse.topk_encode(sample, weights, k)
     norms = (torch_sparse.decode(latents, weights) - pre_bias).norm(dim=1).mean()
     encoder.mul_((sample - pre_bias).norm(dim=1).mean() / norms)
     return weights

@@ -20,7 +20,7 @@ from torch import Tensor
 from monosem.config import TrainConfig
 from monosem.types import LossSpec, OptimizerState, StepGradients, UpdateSpec, Weights
 
-LR_AT_4096 = 4e-3
+LR_AT_4096 = 2.8e-3
 DEAD_TOKENS = 10_000_000
 DEAD_WINDOW_TOKENS = 500_000
 

@@ -355,7 +355,7 @@ def _checked_activations(value: Any, tokens: Tensor, site: Site) -> Tensor:
 def _locate(model: str, revision: str | None) -> tuple[str, Path]:
     """The full name of the model and a folder that holds it as config, tokenizer and safetensors."""
     path = Path(model.removeprefix("file:")).expanduser()
-    on_hub = re.fullmatch(r"(hf:)?[\w.-]+(/[\w.-]+)?", model) is not None and not model.endswith(".gguf")
+    on_hub = re.fullmatch(r"(hf:)?\w[\w.-]*(/\w[\w.-]*)?", model) is not None and not model.endswith(".gguf")
     named = model in resources.names("model")
     if revision is not None and (named or path.exists() or not on_hub):
         raise ValueError(

@@ -38,7 +38,7 @@ SAE_PROBES_STEMS = (
     # The sets of long documents, each text once (labels are never read). Left out: names, headlines, sentences and
     # snippets too short for a context of 64 tokens (they stay for probing), and sets that only repeat these texts
     # (112, 142-147, 161-163; C and HTML code would outweigh the prose).
-    "45_context_ans",  # stories and blog posts, each with a question
+    "45_context_ans",  # stories and blog posts, each with a question about it
     "48_cm_correct",  # first-person stories of everyday conflicts
     "49_cm_isshort",  # more of them
     "94_ai_gen",  # student essays, written by people and by models
@@ -50,6 +50,12 @@ SAE_PROBES_STEMS = (
     "157_amazon_5star",  # reviews of products
     "159_code_Python",  # source code: Python, with some C and HTML
 )
+
+_STORIES_STEM = "45_context_ans"
+"""Each of its 560 stories comes about seven times, with another question at the end. Only the first is read: otherwise
+the same story would be on both sides of the split."""
+_STORY_CHARS = 200
+"""Texts of that set which begin with the same characters, this many, tell the same story."""
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".csv", ".csv.zst")
 
@@ -86,8 +92,8 @@ def contexts(
 ) -> Contexts:
     """The first `n_contexts` contexts of one split of the corpus (int32).
 
-    Successive documents are joined by one separator token (the tokenizer's eos, else bos), with no other special
-    token, and cut every `context_length` tokens. `ValueError` when the split has fewer tokens than that takes.
+    Successive documents are joined by one separator token (the tokenizer's eos, else bos, else sep), with no other
+    special token, and cut every `context_length` tokens. `ValueError` when the split has fewer tokens than that takes.
     """
     wanted = n_contexts * context_length
     separator = separator_token(tokenizer)
@@ -150,11 +156,11 @@ def is_held_out(document: str, held_out_fraction: float) -> bool:
 
 
 def separator_token(tokenizer: Any) -> int:
-    """The token put after every document: eos, else bos; `ValueError` when the tokenizer has neither."""
-    for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+    """The token put after every document: eos, else bos, else sep (BERT's); `ValueError` when there is none of them."""
+    for token in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id):
         if token is not None:
             return int(token)
-    raise ValueError("the tokenizer has neither an eos nor a bos token to separate documents; set its eos_token")
+    raise ValueError("the tokenizer has no eos, bos or sep token to separate documents; set its eos_token")
 
 
 def corpus_hash(corpus: str) -> str:
@@ -165,7 +171,8 @@ def corpus_hash(corpus: str) -> str:
     if corpus == PYTHON_DOCSTRINGS:
         return _sha256_lines([f"{name} {path.stat().st_size}" for name, path in sorted(_python_sources())])
     paths = _sae_probes_files() if corpus == SAE_PROBES_TEXT else _corpus_files(Path(corpus))
-    return _sha256_lines([f"{path.name} {sha256_file(path)}" for path in paths])
+    rule = [f"one text a story of {_STORIES_STEM}"] if corpus == SAE_PROBES_TEXT else []
+    return _sha256_lines([*rule, *(f"{path.name} {sha256_file(path)}" for path in paths)])
 
 
 def is_local(corpus: str) -> bool:
@@ -231,7 +238,7 @@ def _read(corpus: str, seed: int) -> Iterator[str]:
     elif corpus == PYTHON_DOCSTRINGS:
         texts = _docstrings(seed)
     elif corpus == SAE_PROBES_TEXT:
-        texts = itertools.chain.from_iterable(_csv_texts(path, "prompt") for path in _sae_probes_files())
+        texts = itertools.chain.from_iterable(_sae_probes_texts(path) for path in _sae_probes_files())
     else:
         texts = itertools.chain.from_iterable(_file_texts(path) for path in _corpus_files(Path(corpus)))
     empty = True
@@ -271,6 +278,17 @@ def _sae_probes_files() -> list[Path]:
     if missing := [stem for stem in SAE_PROBES_STEMS if stem not in present]:
         raise ValueError(f"{folder} lacks {', '.join(missing)} of corpus {SAE_PROBES_TEXT}; delete it to fetch it anew")
     return [present[stem] for stem in SAE_PROBES_STEMS]
+
+
+def _sae_probes_texts(path: Path) -> Iterator[str]:
+    """The prompts of one set; of `_STORIES_STEM` one for each story."""
+    texts = _csv_texts(path, "prompt")
+    if path.name.startswith(_STORIES_STEM):
+        stories: dict[str, str] = {}
+        for text in texts:
+            stories.setdefault(text.strip()[:_STORY_CHARS], text)
+        texts = iter(stories.values())
+    return texts
 
 
 def _file_texts(path: Path) -> Iterator[str]:

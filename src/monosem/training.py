@@ -1,7 +1,7 @@
 """Activations -> autoencoder: the recipe of Gao et al. 2024, section 2, read top to bottom in `train`.
 
 The run folder holds
-    train.json           what the run is (config, store, resolved recipe); a run with another config is refused
+    train.json           what the run is (config, hash of the store); a run with another one is refused
     metrics.jsonl        one row a logged step
     state/               the newest training state, whole and resumable to the bit
     autoencoder/         the released autoencoder
@@ -38,7 +38,7 @@ SAMPLE_TOKENS = 32_768
 """Tokens behind pre_bias, the encoder's scale and the loss's scale at the start."""
 
 SELECTION_TOKENS = 16_384
-"""Training tokens on which raw and averaged weights are compared at the end."""
+"""Training tokens (in whole batches) on which raw and averaged weights are compared at the end."""
 
 _MAY_CHANGE = ("out", "store", "device", "log_every_steps", "save_every_s")
 
@@ -50,6 +50,9 @@ def train(config: TrainConfig) -> Autoencoder:
     Raises `ValueError` for a run folder made with another config or store, unusable activations, or divergence;
     `KeyboardInterrupt` after Ctrl-C, with the state saved.
     """
+    for name in ("out", "store"):
+        if not getattr(config, name):
+            raise ValueError(f"{name} is empty; give a folder")
     out = Path(config.out)
     with artifacts.folder_lock(out):
         store = ActivationStore.open(config.store)
@@ -117,7 +120,7 @@ class _Run:
         sample = _sample(self.stream.source, self.config.seed)
         scale = losses.mse_scale(sample)
         self.recipe = step.recipe(self.config, sample.shape[1], scale)
-        tied, k = self.config.tied_init, min(self.config.k, self.config.n_latents)
+        tied, k = self.config.tied_init, self.config.k if self.config.activation == "topk" else None
         weights = initial_weights(sample, self.config.n_latents, k, tied=tied, seed=self.config.seed)
         weights = Weights(*(w.to(self.device) for w in weights))
         self.state = step.TrainState.new(weights, ema=self.recipe.ema > 0)
@@ -162,8 +165,7 @@ class _Run:
             "ema": self.recipe.ema > 0,
             "stream": self.stream.state_dict(),
             "elapsed_s": self.elapsed_s + time.monotonic() - self.started,
-            "impl": self.impl,
-            "threads": self.threads,
+            "bits_depend_on": self._bits_depend_on(),
         }
         save_state(self.out / "state", self.state, facts)
 
@@ -171,7 +173,7 @@ class _Run:
         """Save the final state, choose between raw and averaged weights, write `autoencoder/`."""
         self.save()
         chosen, nmse = self._better_weights(kernel)
-        log.info("released weights: %s (NMSE on %d training tokens: %s)", chosen, SELECTION_TOKENS, nmse)
+        log.info("released weights: %s (NMSE on training tokens: %s)", chosen, nmse)
         weights = self.state.weights if chosen == "raw" else self.state.averaged_weights(self.recipe.ema)
         c = self.config
         settings = AutoencoderConfig(weights.encoder.shape[1], c.n_latents, c.k, c.activation)
@@ -200,6 +202,7 @@ class _Run:
             "subject": self.store.manifest["subject"],
             "store": str(Path(self.config.store).resolve()),
             "sources": {"store": self.store.hash, **self.store.manifest["sources"]},
+            "harvest": self.store.config,
             "train": to_dict(self.config),
             "recipe": dataclasses.asdict(self.recipe),
             "tokens_seen": self.tokens_seen,
@@ -213,9 +216,12 @@ class _Run:
             "threads": self.threads,
         }
 
+    def _bits_depend_on(self) -> dict[str, Any]:
+        device, torch_version = str(self.device), artifacts.versions()["torch"]
+        return {"impl": self.impl, "threads": self.threads, "device": device, "torch": torch_version}
+
     def _warn_if_bits_may_change(self, facts: dict[str, Any]) -> None:
-        now = {"impl": self.impl, "threads": self.threads}
-        if changed := changed_fields({k: facts[k] for k in now}, now):
+        if changed := changed_fields(facts.get("bits_depend_on", {}), self._bits_depend_on()):
             log.warning("resuming with %s: results stay right but not bit-identical", ", ".join(changed))
 
 
@@ -224,8 +230,8 @@ def _finished(out: Path, wanted: TrainConfig, store: ActivationStore) -> Autoenc
     settings = {k: v for k, v in to_dict(wanted).items() if k not in _MAY_CHANGE}
     description = artifacts.manifest("training-run", settings, {"store": store.hash})
     path = out / "train.json"
-    if not path.exists():
-        artifacts.write_json(path, description)
+    if not (path.exists() and any((out / name).exists() for name in ("metrics.jsonl", "state", "autoencoder"))):
+        artifacts.write_json(path, description)  # also over that of a run which never took a step
     found = artifacts.read_manifest(path, "training-run")
     if found["sources"] != description["sources"]:
         raise ValueError(

@@ -186,6 +186,29 @@ def _check_store(store: ActivationStore, autoencoder: Autoencoder) -> None:
                 f"{store.path} was made with another {source} (sha256 {found[:12]}) than this autoencoder's "
                 f"({trained[:12]}); harvest a store with the same model"
             )
+    _check_unseen(store, provenance)
+
+
+def _check_unseen(store: ActivationStore, provenance: dict[str, Any]) -> None:
+    """`ValueError` when held-out documents of the store may be ones that the autoencoder was trained on.
+
+    A document is held out below a fraction of all hashes, so what a smaller fraction holds out was held out in
+    training too.
+    """
+    trained, found = provenance.get("harvest", {}).get("held_out_fraction"), store.config["held_out_fraction"]
+    if trained is None or found <= trained:
+        return
+    if provenance["sources"]["corpus"] == store.manifest["sources"]["corpus"]:
+        raise ValueError(
+            f"{store.path} holds out {found:g} of the corpus that this autoencoder was trained on, but training held "
+            f"out {trained:g}: some of it was trained on; harvest with held_out_fraction {trained:g} or less"
+        )
+    log.warning(
+        "%s holds out %g of its corpus, training held out %g: a document of both corpora may have been trained on",
+        store.path,
+        found,
+        trained,
+    )
 
 
 def _check_subject(subject: Subject, store: ActivationStore) -> None:

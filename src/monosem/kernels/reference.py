@@ -73,7 +73,8 @@ def relu_gradients(x_BD: Float[Tensor, "batch d_model"], weights: Weights, spec:
     z_BN = pre_activations(x_BD, w).relu()
     mse = losses.mse(z_BN @ w.decoder + w.pre_bias, x_BD, spec.mse_scale)
     auxiliary = losses.l1(z_BN)
-    return _step(mse + spec.l1_coef * auxiliary, w, mse, auxiliary, ~auxiliary.isfinite() & False, z_BN)
+    never = torch.zeros_like(auxiliary, dtype=torch.bool)
+    return _step(mse + spec.l1_coef * auxiliary, w, mse, auxiliary, never, z_BN)
 
 
 def apply_update(

@@ -91,7 +91,7 @@ def topk_gradients(
         auxk_dropped=dropped,
         n_fired=torch.bincount(
             latents.indices.flatten(),
-            weights=(latents.values > FIRED_THRESHOLD).flatten().double(),
+            weights=(latents.values > FIRED_THRESHOLD).flatten().float(),  # exact to 2^24 tokens; MPS has no float64
             minlength=latents.n_latents,
         ).long(),
         l0=(latents.values > 0).sum(1).to(x_BD.dtype).mean(),

@@ -1,0 +1,161 @@
+"""Write the tables of README.md and docs/reproduce.md from the committed files under results/.
+
+    python experiments/tables.py keep runs/demo     copy a demo run's numbers (again: add its seconds) into results/
+    python experiments/tables.py                    fill every <!-- table NAME --> ... <!-- end --> block
+
+A table is never typed in: change the results file by its command and run this again.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+RESULTS = Path("results/smollm2-135m-instruct-q4_1")
+PAGES = (Path("README.md"), Path("docs/reproduce.md"))
+STAGES = ("fetch", "harvest", "train", "evaluate", "total")
+
+Row = dict[str, str]
+
+
+def keep(run: Path) -> None:
+    """Copy eval.json's numbers of `run`, and its seconds beside those of earlier runs of the same numbers."""
+    report = json.loads((run / "eval.json").read_text())
+    found = {name: report[name] for name in ("run", "metrics", "histograms", "config", "versions")}
+    path = RESULTS / "demo.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    same = before.get("metrics") == found["metrics"]
+    seconds = [*(before["seconds"] if same else []), json.loads((run / "run.json").read_text())["seconds"]]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"commit": commit, "date": datetime.date.today().isoformat(), "seconds": seconds}
+    path.write_text(json.dumps({**found, **facts}, indent=2) + "\n")
+
+
+def demo() -> str:
+    """Every number of the demo, with its interval."""
+    found = json.loads((RESULTS / "demo.json").read_text())
+    rows = [
+        [f"`{name}`", f"{m['value']:.4g}", f"[{m['low']:.4g}, {m['high']:.4g}]", f"{m['n']:,}", m["unit"]]
+        for name, m in found["metrics"].items()
+    ]
+    run = found["run"]
+    epochs = run["tokens_seen"] / run["distinct_tokens"]
+    title = (
+        f"{run['subject']}, layer {run['site']['layer']} {run['site']['location']}; "
+        f"{run['n_latents']:,} latents, k = {run['k']}; "
+        f"{run['tokens_seen']:,} token-visits of {run['distinct_tokens']:,} distinct tokens ({epochs:.2f} epochs). "
+        f"Commit {found['commit']}, {found['date']}, torch {found['versions']['torch']}."
+    )
+    return f"{title}\n\n" + markdown(["metric", "value", "95% interval", "n", "unit"], rows)
+
+
+def seconds() -> str:
+    """Seconds of each stage of the demo: every run, and the median."""
+    runs = json.loads((RESULTS / "demo.json").read_text())["seconds"]
+    rows = [[f"run {i + 1}", *(f"{run[s]:.0f}" for s in STAGES)] for i, run in enumerate(runs)]
+    rows.append(["median", *(f"{statistics.median(run[s] for run in runs):.0f}" for s in STAGES)])
+    return markdown(["", *STAGES], rows)
+
+
+def runs(group: str) -> list[Row]:
+    with open(RESULTS / "runs.csv", newline="") as file:
+        return [row for row in csv.DictReader(file) if row["group"] == group]
+
+
+def learning_rates() -> str:
+    rows = [[f"{float(r['lr']):g}", *quality(r)] for r in runs("lr")]
+    return markdown(["lr", *QUALITY], rows)
+
+
+def dead() -> str:
+    rows = [[yes(r["tied_init"] == "True"), yes(r["auxk"] != "0"), *quality(r)] for r in runs("dead")]
+    return markdown(["tied init", "AuxK", *QUALITY], rows)
+
+
+def frontier() -> str:
+    """The best run over lr at each sparsity, TopK and ReLU."""
+    best: dict[tuple[str, str], Row] = {}
+    for r in runs("relu") + runs("topk"):
+        key = (r["activation"], r["l1_coef"])
+        if key not in best or float(r["normalized_mse"]) < float(best[key]["normalized_mse"]):
+            best[key] = r
+    rows = [
+        [r["activation"], f"{float(r['l1_coef']):g}", f"{float(r['lr']):g}", f"{float(r['l0']):.1f}", *quality(r)]
+        for r in sorted(best.values(), key=lambda r: (r["activation"], float(r["l0"])))
+    ]
+    return markdown(["activation", "l1_coef", "lr", "L0", *QUALITY], rows) + "\n\n" + verdict(list(best.values()))
+
+
+def verdict(best: list[Row]) -> str:
+    """ReLU's NMSE at TopK's L0, by interpolation in log L0 between the two runs that bracket it; never beyond them."""
+    topk = next(r for r in best if r["activation"] == "topk")
+    k, nmse = float(topk["l0"]), float(topk["normalized_mse"])
+    relu = sorted((float(r["l0"]), float(r["normalized_mse"])) for r in best if r["activation"] == "relu")
+    below, above = [p for p in relu if p[0] <= k], [p for p in relu if p[0] >= k]
+    if not below or not above:
+        return f"No two ReLU runs bracket L0 = {k:.1f}: no comparison."
+    (l0_a, a), (l0_b, b) = below[-1], above[0]
+    share = (math.log(k) - math.log(l0_a)) / (math.log(l0_b) - math.log(l0_a)) if l0_a != l0_b else 0.0
+    at_k = a + share * (b - a)
+    return (
+        f"At L0 = {k:.1f}: TopK {nmse:.3f}; ReLU + L1 {at_k:.3f}, interpolated between L0 = {l0_a:.1f} ({a:.3f}) "
+        f"and L0 = {l0_b:.1f} ({b:.3f}). ReLU / TopK = {at_k / nmse:.2f}."
+    )
+
+
+QUALITY = ["NMSE held out", "95% interval", "NMSE train", "dead", "never fired held out"]
+
+
+def quality(r: Row) -> list[str]:
+    interval = f"[{float(r['normalized_mse_low']):.3f}, {float(r['normalized_mse_high']):.3f}]"
+    shares = (f"{100 * float(r[name]):.1f}%" for name in ("dead_fraction", "never_fired_fraction"))
+    return [f"{float(r['normalized_mse']):.3f}", interval, f"{float(r['normalized_mse_train']):.3f}", *shares]
+
+
+def yes(on: bool) -> str:
+    return "yes" if on else "no"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "seconds": seconds,
+    "learning_rates": learning_rates,
+    "dead": dead,
+    "frontier": frontier,
+}
+
+
+def fill(text: str) -> str:
+    """The page with every known block filled anew."""
+
+    def block(match: re.Match[str]) -> str:
+        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["keep"] and len(arguments) == 2:
+        keep(Path(arguments[1]))
+    elif arguments:
+        sys.exit(__doc__)
+    for page in PAGES:
+        page.write_text(fill(page.read_text()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
