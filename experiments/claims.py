@@ -17,7 +17,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from monosem.train import train
+from monosem.training import train
 
 from monosem import logs
 from monosem.activations import ActivationStore

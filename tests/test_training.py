@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,8 +181,12 @@ def test_train_again_is_skipped_and_changes_nothing(
 
 def test_train_with_a_changed_config_names_the_field(store: Path, tmp_path: Path) -> None:
     train(configured(store, tmp_path))
-    with pytest.raises(ValueError, match=r"another config \(k: 4 -> 5\)"):
+    with pytest.raises(ValueError, match=r"another config \(k: 4 -> 5\).*delete metrics.jsonl, state and autoencoder in"):
         train(configured(store, tmp_path, k=5))
+    (tmp_path / "metrics.jsonl").unlink()
+    for name in ("state", "autoencoder"):
+        shutil.rmtree(tmp_path / name)
+    assert train(configured(store, tmp_path, k=5)).config.k == 5
 
 
 def test_train_refuses_a_damaged_state(store: Path, tmp_path: Path) -> None:

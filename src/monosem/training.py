@@ -233,14 +233,11 @@ def _finished(out: Path, wanted: TrainConfig, store: ActivationStore) -> Autoenc
     if not (path.exists() and any((out / name).exists() for name in ("metrics.jsonl", "state", "autoencoder"))):
         artifacts.write_json(path, description)  # also over that of a run which never took a step
     found = artifacts.read_manifest(path, "training-run")
+    remedy = f"choose another --out, or delete metrics.jsonl, state and autoencoder in {out} to train anew"
     if found["sources"] != description["sources"]:
-        raise ValueError(
-            f"{out} was trained on another store than {wanted.store}; choose another --out or delete the folder"
-        )
+        raise ValueError(f"{out} was trained on another store than {wanted.store}; {remedy}")
     if changed := changed_fields(found["config"], settings):
-        raise ValueError(
-            f"{out} holds a run with another config ({'; '.join(changed)}); choose another --out or delete the folder"
-        )
+        raise ValueError(f"{out} holds a run with another config ({'; '.join(changed)}); {remedy}")
     if not (out / "autoencoder" / "config.json").exists():
         return None
     log.info("%s is already trained with this config; skipped", out)
