@@ -1,4 +1,4 @@
-# make install | demo | test | clean. Everything lives in .venv; versions come from constraints.txt.
+# make install | demo | test | bench | clean. Everything lives in .venv; versions come from constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 # the variables hold the build's own environment to the same versions (which of them is read depends on pip's age)
@@ -7,7 +7,7 @@ PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.t
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt README.md LICENSE \
            $(shell find src native -name __pycache__ -prune -o -print 2>/dev/null)
 
-.PHONY: install demo test clean
+.PHONY: install demo test bench clean
 
 install: .venv/installed
 
@@ -19,6 +19,11 @@ test: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# Ours beside other libraries, which it installs in environments of their own on first use: 6 GB, and half an hour.
+bench: install
+	@$(BIN)/python -m benchmarks train
+	@$(BIN)/python -m benchmarks harvest
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -6,6 +6,8 @@ cannot be met beside that torch are installed without them, plus the few librari
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -13,6 +15,7 @@ import os
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +68,7 @@ PEERS = {
     "overcomplete": Peer(
         "overcomplete==0.3.0",
         "overcomplete",
-        "`train_sae(monitoring=0)` with `TopKSAE` at its defaults and a mean-squared-error criterion. Dense throughout; "
+        "`train_sae(monitoring=0)` with `TopKSAE` at its defaults, criterion the mean squared error. Dense throughout; "
         "normalises the dictionary in each forward pass instead of projecting; no AuxK; an alive flag a latent.",
         extra=("torch", "numpy", "tqdm", "einops==0.8.2", "scipy", "scikit-learn"),
         lone=True,
@@ -78,17 +81,10 @@ def python_of(name: str) -> Path:
     peer = PEERS[name]
     folder = bench_cache() / f"{name}-{_fingerprint(peer)}"
     python, done = folder / "bin" / "python", folder / "installed.json"
-    if done.exists():
-        return python
-    log.info("%s: making its environment in %s (once; downloads may take minutes)", name, folder)
-    venv.create(folder, clear=True, with_pip=True)
-    install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", CONSTRAINTS]
-    if peer.lone:
-        _run([*install, *peer.extra])
-        _run([*install, "--no-deps", peer.requirement])
-    else:
-        _run([*install, peer.requirement])
-    done.write_text(json.dumps({"requirement": peer.requirement, "python": sys.version}))
+    with _locked(folder.with_suffix(".lock")):
+        if not done.exists():
+            _install(name, peer, folder, python)
+            done.write_text(json.dumps({"requirement": peer.requirement, "python": sys.version}))
     return python
 
 
@@ -96,6 +92,26 @@ def bench_cache() -> Path:
     """$MONOSEM_CACHE/bench, else ~/.cache/monosem/bench."""
     root = os.environ.get("MONOSEM_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "monosem") / "bench"
+
+
+def _install(name: str, peer: Peer, folder: Path, python: Path) -> None:
+    log.info("%s: making its environment in %s (once; downloads may take minutes)", name, folder)
+    venv.create(folder, clear=True, with_pip=True)
+    install: list[str | Path] = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", CONSTRAINTS]
+    if peer.lone:
+        _run([*install, *peer.extra])
+        _run([*install, "--no-deps", peer.requirement])
+    else:
+        _run([*install, peer.requirement])
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Two benchmarks started at once make an environment once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _fingerprint(peer: Peer) -> str:

@@ -73,13 +73,13 @@ def main(name: str, shape: Shape) -> None:
 
 
 def train_ours(name: str, shape: Shape, batches: Batches) -> None:
-    """Our recipe at its defaults, through `step.advance` as in training; refuses to start unless the gradients are right."""
+    """Our recipe at its defaults, through `step.advance` as in training; refuses to start unless its parity holds."""
     from benchmarks import parity
-    from monosem import __version__, config, kernels, losses, step
+    from monosem import __version__, config, losses, step
 
     base, *variants = name.split("+")
     impl, precision = OURS[base]
-    kernel = kernels.select(impl, torch.device(shape.device))[1]
+    kernel = kernel_named(impl, shape.device)
     parity.check(kernel, precision, shape.device)
 
     x = batches.batches[0]
@@ -106,6 +106,13 @@ def train_ours(name: str, shape: Shape, batches: Batches) -> None:
         batches.loss = step.advance(state, x, recipe, kernel)[0].loss
 
 
+def kernel_named(impl: str, device: str = "cpu") -> ModuleType:
+    """Our kernels of that name; `ValueError` where they do not run."""
+    from monosem import kernels
+
+    return kernels.select(impl, torch.device(device))[1]
+
+
 def recall(kernel: ModuleType, weights: Any, x: Tensor, k: int, precision: str) -> float:
     """Share of the true top k (by fp64 pre-activations, of 256 rows) that `kernel` selects."""
     x = x[:_RECALL_ROWS]
@@ -119,7 +126,7 @@ def recall(kernel: ModuleType, weights: Any, x: Tensor, k: int, precision: str) 
 
 
 def train_naive(name: str, shape: Shape, batches: Batches) -> None:
-    """What one would write first: dense autograd, torch's Adam, projection and unit norm of the decoder, dead counters."""
+    """What one would write first: dense autograd, torch's Adam, projection, unit norm, dead counters."""
     first = batches.batches[0]
     encoder, bias, decoder, pre_bias = parameters = [w.requires_grad_() for w in _weights(shape, first)]
     adam = torch.optim.Adam(parameters, lr=LR, eps=EPSILON)
@@ -144,8 +151,8 @@ def train_naive(name: str, shape: Shape, batches: Batches) -> None:
 
 def train_sparsify(name: str, shape: Shape, batches: Batches) -> None:
     """`Trainer.fit` on a "model" whose one submodule outputs the batch that its "tokens" stand for."""
-    from sparsify.config import SparseCoderConfig, TrainConfig
-    from sparsify.trainer import Trainer
+    from sparsify.config import SparseCoderConfig, TrainConfig  # type: ignore[import-not-found]
+    from sparsify.trainer import Trainer  # type: ignore[import-not-found]
 
     class Source(nn.Module):
         device = torch.device(shape.device)
@@ -187,9 +194,9 @@ def train_sparsify(name: str, shape: Shape, batches: Batches) -> None:
 
 def train_sae_lens(name: str, shape: Shape, batches: Batches) -> None:
     """`SAETrainer.fit` with `batches` as its data provider."""
-    from sae_lens.config import SAETrainerConfig
-    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
-    from sae_lens.training.sae_trainer import SAETrainer
+    from sae_lens.config import SAETrainerConfig  # type: ignore[import-not-found]
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig  # type: ignore[import-not-found]
+    from sae_lens.training.sae_trainer import SAETrainer  # type: ignore[import-not-found]
 
     sae = TopKTrainingSAE(
         TopKTrainingSAEConfig(d_in=shape.d_model, d_sae=shape.n_latents, k=shape.k, device=shape.device)
@@ -216,7 +223,7 @@ def train_sae_lens(name: str, shape: Shape, batches: Batches) -> None:
 def train_dictionary_learning(name: str, shape: Shape, batches: Batches) -> None:
     """`TopKTrainer.update`, from step 1 on: step 0 also takes a geometric median."""
     stub("nnsight")
-    from dictionary_learning.trainers.top_k import TopKTrainer
+    from dictionary_learning.trainers.top_k import TopKTrainer  # type: ignore[import-not-found]
 
     trainer = TopKTrainer(
         steps=_FOREVER, activation_dim=shape.d_model, dict_size=shape.n_latents, k=shape.k, layer=0, lm_name="none",
@@ -229,8 +236,8 @@ def train_dictionary_learning(name: str, shape: Shape, batches: Batches) -> None
 
 def train_overcomplete(name: str, shape: Shape, batches: Batches) -> None:
     """`train_sae` with `batches` as its data loader."""
-    stub("torchvision", "timm", "cv2", "PIL", "skimage", "matplotlib", "matplotlib.pyplot", "matplotlib.colors")
-    from overcomplete.sae import TopKSAE, train_sae
+    stub("torchvision", "cv2", "PIL", "skimage", "matplotlib", "matplotlib.pyplot", "matplotlib.colors")
+    from overcomplete.sae import TopKSAE, train_sae  # type: ignore[import-not-found]
 
     sae = TopKSAE(shape.d_model, nb_concepts=shape.n_latents, top_k=shape.k, device=shape.device)
     adam = torch.optim.Adam(sae.parameters(), lr=LR)

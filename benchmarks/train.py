@@ -69,36 +69,36 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     for n_latents, batch in _shapes(options.shapes):
         shape = Shape(n_latents, options.d_model, options.k, batch, options.device)
         log.info("n_latents %d, batch %d", n_latents, batch)
-        for group in _time_shape(list(names), shape, options):
-            rows += _rows(group, shape)
+        for group in time_shape(list(names), shape, options):
+            rows += rows_of(group, shape)
     return rows
 
 
-def _time_shape(names: list[str], shape: Shape, options: argparse.Namespace) -> list[dict[str, Timed]]:
+def time_shape(names: list[str], shape: Shape, options: argparse.Namespace) -> list[dict[str, Timed]]:
     """The groups that were interleaved: one if memory allows it."""
     peers = [name for name in names if name in PEER_LOOPS]
     ours = [name for name in names if name not in PEER_LOOPS]
     if not peers or not ours or _memory_need(names, shape) <= options.memory_gib:
-        return [_time_group(names, shape, options)]
+        return [time_group(names, shape, options)]
     log.info("all together would need about %.0f GiB: peers first", _memory_need(names, shape))
-    first = _time_group(peers, shape, options)
+    first = time_group(peers, shape, options)
     anchor = _fastest_peer(first)
-    return [first, _time_group(ours + ([anchor] if anchor else []), shape, options)]
+    return [first, time_group(ours + ([anchor] if anchor else []), shape, options)]
 
 
-def _time_group(names: Sequence[str], shape: Shape, options: argparse.Namespace) -> dict[str, Timed]:
+def time_group(names: Sequence[str], shape: Shape, options: argparse.Namespace) -> dict[str, Timed]:
     """Start every worker, then ask them in turn, a different one first in each round."""
     timed = {name: Timed() for name in names}
     workers: dict[str, Worker] = {}
     with tempfile.TemporaryDirectory(prefix="monosem-bench-") as logs:
         try:
-            for name in names:
-                _start(name, shape, Path(logs), options.threads, workers, timed)
+            arguments = json.dumps(shape._asdict())
+            start(names, "benchmarks.steps", arguments, Path(logs), options.threads, workers, timed)
             if workers:
                 command, words = roofline.command(shape.device, options.threads)
                 workers[PEAK], timed[PEAK] = Worker(command, Path(logs) / PEAK, options.threads), Timed()
                 timed[PEAK].facts["words"] = words
-            _rounds(workers, timed, options.steps)
+            rounds(workers, timed, options.steps)
             for name, worker in workers.items():
                 if name.partition("+")[0] in OURS:
                     timed[name].recall = worker.ask("recall")["recall"]
@@ -108,21 +108,36 @@ def _time_group(names: Sequence[str], shape: Shape, options: argparse.Namespace)
     return timed
 
 
-def _start(
-    name: str, shape: Shape, logs: Path, threads: int, workers: dict[str, Worker], timed: dict[str, Timed]
+def start(
+    names: Sequence[str],
+    module: str,
+    arguments: str,
+    logs: Path,
+    threads: int,
+    workers: dict[str, Worker],
+    timed: dict[str, Timed],
 ) -> None:
-    base = name.partition("+")[0]
-    try:
-        python = environments.python_of(base) if base in environments.PEERS else Path(sys.executable)
-        command = [python, "-m", "benchmarks.steps", name, json.dumps(shape._asdict())]
-        workers[name] = Worker(command, logs / name, threads)
-        timed[name].facts = workers[name].facts
-    except (WorkerError, environments.InstallError) as error:
-        log.warning("%s: failed (%s)", name, error)
-        timed[name].reason = str(error)
+    """Start `python -m module NAME arguments` for every name, in its peer's environment; a failure is its reason."""
+    pythons: dict[str, Path] = {}
+    for name in names:  # all environments before the first worker
+        peer = next((peer for peer in environments.PEERS if name == peer or name.startswith(f"{peer}-")), None)
+        try:
+            pythons[name] = environments.python_of(peer) if peer else Path(sys.executable)
+        except environments.InstallError as error:
+            timed[name].reason = str(error)
+    for name, python in pythons.items():
+        try:
+            workers[name] = Worker([python, "-m", module, name, arguments], logs / name, threads)
+            timed[name].facts = workers[name].facts
+        except WorkerError as error:
+            timed[name].reason = str(error)
+    for name in names:
+        if timed[name].reason:
+            log.warning("%s: failed (%s)", name, timed[name].reason)
 
 
-def _rounds(workers: dict[str, Worker], timed: dict[str, Timed], n_steps: int) -> None:
+def rounds(workers: dict[str, Worker], timed: dict[str, Timed], n_steps: int) -> None:
+    """Fill `timed` with the replies to `n_steps` requests after the warm-up; who fails leaves the race."""
     for i in range(WARM_UP_STEPS + n_steps):
         order = list(workers)
         for name in order[i % len(order) :] + order[: i % len(order)]:
@@ -139,7 +154,7 @@ def _rounds(workers: dict[str, Worker], timed: dict[str, Timed], n_steps: int) -
         log.info("round %d of %d", i + 1, WARM_UP_STEPS + n_steps)
 
 
-def _rows(group: dict[str, Timed], shape: Shape) -> list[dict[str, Any]]:
+def rows_of(group: dict[str, Timed], shape: Shape) -> list[dict[str, Any]]:
     """A row an implementation; ratios to the fastest peer of the group, round by round."""
     anchor = _fastest_peer(group)
     peaks = group[PEAK].replies if PEAK in group else []
@@ -151,20 +166,21 @@ def _rows(group: dict[str, Timed], shape: Shape) -> list[dict[str, Any]]:
         row.update(status="failed" if timed.reason else "ok", reason=timed.reason, fastest_peer=anchor)
         row.update({key: None for key in report.MEASURED})
         if not timed.reason:
-            row.update(_numbers(timed, group[anchor] if anchor else None, shape))
+            row.update(numbers(timed, group[anchor] if anchor else None, shape.batch))
             row.update(_fractions(name, timed, peaks, shape))
             row["peak_words"] = group[PEAK].facts["words"] if peaks else None
         rows.append(row)
     return rows
 
 
-def _numbers(timed: Timed, anchor: Timed | None, shape: Shape) -> dict[str, Any]:
+def numbers(timed: Timed, anchor: Timed | None, n_tokens: int) -> dict[str, Any]:
+    """Statistics of the replies; ratios to `anchor` are taken round by round."""
     ms = timed.ms()
     found: dict[str, Any] = {
         "ms_median": statistics.median(ms),
         "ms_min": min(ms),
         "ms_max": max(ms),
-        "tokens_per_s": 1e3 * shape.batch / statistics.median(ms),
+        "tokens_per_s": 1e3 * n_tokens / statistics.median(ms),
         "peak_rss_mib": max(reply["peak_mib"] for reply in timed.replies),
         "cpu_ms_median": statistics.median(reply["cpu_ms"] for reply in timed.replies),
         "idle_cpu_ms_max": max(reply["idle_cpu_ms"] for reply in timed.replies),

@@ -19,7 +19,7 @@ class WorkerError(Exception):
 class Worker:
     """A running worker that has said it is ready. `WorkerError` when it fails, now or later."""
 
-    def __init__(self, command: Sequence[str | os.PathLike[str]], log: Path, threads: int) -> None:
+    def __init__(self, command: Sequence[str | Path], log: Path, threads: int) -> None:
         self._log = log
         with log.open("w") as stderr:
             self._process = subprocess.Popen(

@@ -17,20 +17,19 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from monosem.training import train
-
 from monosem import logs
 from monosem.activations import ActivationStore
 from monosem.config import TrainConfig, config_hash
 from monosem.evals import on_activations
 from monosem.logs import MetricsLog
+from monosem.training import train
 
 log = logging.getLogger("monosem")
 
 TABLE = Path("results/smollm2-135m-instruct-q4_1/runs.csv")
 RUNS = Path("runs/claims")
 
-LRS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+LRS = (1e-3, 2e-3, 4e-3, 8e-3)
 RELU_LRS = (2e-3, 1e-3, 4e-3)
 L1_COEFS = (0.003, 0.005, 0.007, 0.01, 0.015)
 

@@ -19,7 +19,7 @@ enum class Precision : int32_t { fp32 = 0, bf16 = 1, int8 = 2 };
 struct PackedEncoder {
   uint32_t* panels;    // [n_panels][steps][panel_latents]
   float* scale;        // [N padded] real value of one unit of the packed integers; 1 for fp32 and bf16
-  float* offset;       // [N padded] int8 only: what the rows' shift by 128 adds to every product
+  int32_t* offset;     // [N padded] int8: what shifting the rows by 128 adds to every product
   float* upper_bias;   // [N padded] latent_bias + bias_slack; -inf beyond N
   float* bias_slack;   // [N padded]
   float* norm;         // [N padded] norm of the packed row
@@ -116,7 +116,7 @@ struct UpdateTask {
 struct Level {
   const char* name;
   int64_t tile_rows, panel_latents;
-  bool has_bf16, has_int8;
+  bool has_low;  // bf16 and int8; else they run as fp32
 
   /// 32-bit words a row takes when packed.
   int64_t (*packed_words)(Precision, int64_t d_model);

@@ -15,7 +15,7 @@ namespace {
 constexpr int kLanes = 8;
 constexpr int kTileRows = 6;       // 12 accumulators, 2 of the panel, 1 broadcast: 15 of 16 registers
 constexpr int kGradientBlock = 6;
-constexpr bool kHasBf16 = false;
+constexpr bool kHasLow = false;
 
 #include "vector.inl"
 
@@ -33,7 +33,8 @@ inline uint32_t at_least(Vec a, Vec b) {
 #include "select.inl"
 #include "linear.inl"
 #include "product.inl"
-using LowProduct = Fp32Product;
+using Bf16Product = Fp32Product;
+using Int8Product = Fp32Product;
 #include "sweep.inl"
 #include "rows.inl"
 #include "latents.inl"

@@ -18,7 +18,7 @@ namespace {
 constexpr int kLanes = 4;
 constexpr int kTileRows = 6;       // 12 accumulators fit 16 registers, and NEON's 32
 constexpr int kGradientBlock = 6;
-constexpr bool kHasBf16 = false;
+constexpr bool kHasLow = false;
 
 #include "vector.inl"
 
@@ -53,7 +53,8 @@ inline uint32_t at_least(Vec a, Vec b) {
 #include "select.inl"
 #include "linear.inl"
 #include "product.inl"
-using LowProduct = Fp32Product;
+using Bf16Product = Fp32Product;
+using Int8Product = Fp32Product;
 #include "sweep.inl"
 #include "rows.inl"
 #include "latents.inl"

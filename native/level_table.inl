@@ -1,8 +1,14 @@
 // The table that a level hands out: its functions, with the products that it has.
 
+template <class Body>
+inline auto with_product(Precision precision, Body body) {
+  if (kHasLow && precision == Precision::bf16) return body(Bf16Product{});
+  if (kHasLow && precision == Precision::int8) return body(Int8Product{});
+  return body(Fp32Product{});
+}
+
 inline int64_t packed_words(Precision precision, int64_t d) {
-  if (kHasBf16 && precision == Precision::bf16) return LowProduct::words(d);
-  return Fp32Product::words(d);
+  return with_product(precision, [&](auto product) { return decltype(product)::words(d); });
 }
 
 inline int64_t pack_scratch_bytes(Precision precision, int64_t d) {
@@ -11,18 +17,14 @@ inline int64_t pack_scratch_bytes(Precision precision, int64_t d) {
 
 inline void pack_encoder(Precision precision, const float* encoder, const float* latent_bias, int64_t n_latents, int64_t d,
                          const PackedEncoder& packed, int64_t begin, int64_t end, void* scratch) {
-  uint32_t* rows = static_cast<uint32_t*>(scratch);
-  if (kHasBf16 && precision == Precision::bf16)
-    pack_panels<LowProduct>(encoder, latent_bias, n_latents, d, packed, begin, end, rows);
-  else
-    pack_panels<Fp32Product>(encoder, latent_bias, n_latents, d, packed, begin, end, rows);
+  with_product(precision, [&](auto product) {
+    pack_panels<decltype(product)>(encoder, latent_bias, n_latents, d, packed, begin, end, static_cast<uint32_t*>(scratch));
+  });
 }
 
 inline void rows(const RowsTask& task, int64_t begin, int64_t end, void* scratch, RowsStats& stats) {
-  if (kHasBf16 && task.precision == Precision::bf16)
-    process_rows<LowProduct>(task, begin, end, scratch, stats);
-  else
-    process_rows<Fp32Product>(task, begin, end, scratch, stats);
+  with_product(task.precision,
+               [&](auto product) { process_rows<decltype(product)>(task, begin, end, scratch, stats); });
 }
 
 inline int64_t rows_scratch_bytes(const RowsTask& task, int64_t block_rows) {
@@ -37,7 +39,7 @@ inline void decode_row(const float* decoder, const float* pre_bias, int64_t d, c
   add_rows(out, decoder, d, index, value, count);
 }
 
-const Level kLevel = {MONOSEM_LEVEL_NAME, kTileRows,    kPanel,        kHasBf16,     false,       packed_words,
+const Level kLevel = {MONOSEM_LEVEL_NAME, kTileRows,    kPanel,        kHasLow,     packed_words,
                       pack_encoder,       pack_scratch_bytes, rows,    rows_scratch_bytes, decode_row, column_sums,
                       spread,             aux_gradients,      aux_scratch_bytes,  latent_gradient,    add_scaled, project,   squared_norm, update_latent,
                       update_values};

@@ -51,9 +51,11 @@ monosem::Weights optional_weights(nb::object t, const monosem::Shape& shape) {
   return t.is_none() ? monosem::Weights{} : weights(nb::cast<nb::tuple>(t), shape);
 }
 
-monosem::Precision precision_named(const std::string& name) {
-  const bool low = name == "bf16" || name == "auto";
-  return low && monosem::level().has_bf16 ? monosem::Precision::bf16 : monosem::Precision::fp32;
+/// The precision of the product; what this CPU has no instruction for runs as fp32.
+monosem::Precision precision_named(const std::string& name, const monosem::Shape& shape) {
+  constexpr int64_t kLargestInt8 = 65'000;  // d_model below which 32-bit sums cannot overflow
+  if (!monosem::level().has_low || name == "fp32") return monosem::Precision::fp32;
+  return name == "int8" && shape.d_model < kLargestInt8 ? monosem::Precision::int8 : monosem::Precision::bf16;
 }
 
 monosem::Shape batch_shape(nb::tuple t, const Matrix& x) {
@@ -79,7 +81,7 @@ nb::dict topk_encode(Matrix x, nb::tuple w, int64_t k, const std::string& precis
   monosem::RowsStats stats;
   {
     nb::gil_scoped_release release;
-    stats = monosem::topk_encode(shape, arrays, x.data(), precision_named(precision), k, index.data(), value.data());
+    stats = monosem::topk_encode(shape, arrays, x.data(), precision_named(precision, shape), k, index.data(), value.data());
   }
   return as_dict(stats);
 }
@@ -123,7 +125,7 @@ nb::tuple topk_gradients(Matrix x, nb::tuple w, Mask dead, int64_t k, double mse
   monosem::Terms terms;
   {
     nb::gil_scoped_release release;
-    terms = monosem::topk_gradients(a.shape, a.weights, x.data(), precision_named(precision), a.loss, dead.data(), out,
+    terms = monosem::topk_gradients(a.shape, a.weights, x.data(), precision_named(precision, a.shape), a.loss, dead.data(), out,
                                     n_fired.data());
   }
   return as_tuple(terms);
@@ -138,7 +140,7 @@ nb::tuple topk_step(Matrix x, nb::tuple w, Mask dead, int64_t k, double mse_scal
   monosem::StepResult result;
   {
     nb::gil_scoped_release release;
-    result = monosem::topk_step(a.shape, a.weights, x.data(), precision_named(precision), a.loss, dead.data(),
+    result = monosem::topk_step(a.shape, a.weights, x.data(), precision_named(precision, a.shape), a.loss, dead.data(),
                                 n_fired.data(), m, v, mean,
                                 {step, lr, ema, std::numeric_limits<double>::infinity(), beta1, beta2, epsilon});
   }

@@ -6,6 +6,7 @@
 //     words(d)                           steps of a row of d numbers
 //     round(row, d, words, bound)        packs one row and says what rounding it cost
 //     multiply(tile, panel, steps, acc)  acc[r][v] = the product of row r with latents v kLanes ... (v + 1) kLanes
+//     convert(acc, packed, first, scale) acc in real units; int8 counts in products of the two scales
 
 constexpr int64_t kPanel = 2 * kLanes;
 
@@ -14,6 +15,7 @@ struct RowBound {
   float norm;      // of the packed row
   float rounding;  // of (row - packed row)
   float scale;     // real value of one packed unit
+  int32_t sum;     // int8: of the packed numbers
 };
 
 /// sqrt of a sum of d squares, made a little larger: an upper bound of the norm in spite of rounding and underflow.
@@ -23,12 +25,16 @@ inline float norm_above(float squares, int64_t d) {
 }
 
 struct Fp32Product {
+  static constexpr uint32_t kFlip = 0;  // of the words of rows
+
   static int64_t words(int64_t d) { return d; }
 
   static void round(const float* row, int64_t d, uint32_t* words, RowBound& bound) {
     memcpy(words, row, static_cast<size_t>(d) * 4);
-    bound = {norm_above(dot(row, row, d), d), 0.0f, 1.0f};
+    bound = {norm_above(dot(row, row, d), d), 0.0f, 1.0f, 0};
   }
+
+  static inline void convert(Vec (&)[kTileRows][2], const PackedEncoder&, int64_t, const float*) {}
 
   static inline __attribute__((always_inline)) void multiply(const uint32_t* tile, const uint32_t* panel, int64_t steps,
                                                               Vec (&acc)[kTileRows][2]) {
@@ -49,11 +55,11 @@ struct Fp32Product {
 /// Words between the rows that wait to be interleaved: off the power of two, or they would share a few cache sets.
 inline int64_t row_pitch(int64_t steps) { return (steps + 15) / 16 * 16 + 16; }
 
-/// out[step][r] = rows[r][step].
+/// out[step][r] = rows[r][step] ^ flip.
 template <int64_t kWidth>
-void interleave(const uint32_t* rows, int64_t pitch, int64_t steps, uint32_t* out) {
+void interleave(const uint32_t* rows, int64_t pitch, int64_t steps, uint32_t flip, uint32_t* out) {
   for (int64_t s = 0; s < steps; ++s)
-    for (int64_t r = 0; r < kWidth; ++r) out[s * kWidth + r] = rows[r * pitch + s];
+    for (int64_t r = 0; r < kWidth; ++r) out[s * kWidth + r] = rows[r * pitch + s] ^ flip;
 }
 
 template <class Product>
@@ -70,6 +76,7 @@ void pack_panels(const float* encoder, const float* latent_bias, int64_t n_laten
         memset(rows + j * pitch, 0, static_cast<size_t>(steps) * 4);
         packed.upper_bias[latent] = -__builtin_inff();
         packed.norm[latent] = packed.rounding[latent] = packed.bias_slack[latent] = packed.scale[latent] = 0;
+        packed.offset[latent] = 0;
         continue;
       }
       RowBound bound;
@@ -82,7 +89,8 @@ void pack_panels(const float* encoder, const float* latent_bias, int64_t n_laten
       packed.norm[latent] = bound.norm;
       packed.rounding[latent] = bound.rounding + summing * (bound.norm + bound.rounding);
       packed.scale[latent] = bound.scale;
+      packed.offset[latent] = 128 * bound.sum;
     }
-    interleave<kPanel>(rows, pitch, steps, packed.panels + p * steps * kPanel);
+    interleave<kPanel>(rows, pitch, steps, 0, packed.panels + p * steps * kPanel);
   }
 }

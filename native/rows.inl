@@ -94,7 +94,7 @@ void centre_and_pack(const RowsTask& task, int64_t begin, int64_t end, int64_t s
       memset(words, 0, static_cast<size_t>(steps) * 4);
     }
     if (i % kTileRows == kTileRows - 1)
-      interleave<kTileRows>(s.words, pitch, steps, s.tiles + i / kTileRows * steps * kTileRows);
+      interleave<kTileRows>(s.words, pitch, steps, Product::kFlip, s.tiles + i / kTileRows * steps * kTileRows);
   }
 }
 

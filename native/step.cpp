@@ -20,7 +20,7 @@ constexpr int64_t kRowBlock = 256;     // rows of a column sum, likewise
 constexpr int64_t kTileBytes = 384 << 10;  // packed rows of a block: they stay in L2 while the panels pass
 
 struct Workspace {
-  Buffer panels, encoder_terms, dead_bits;
+  Buffer panels, encoder_terms, offset, dead_bits;
   Buffer centred, residual, index, value, d_value, count, squared;
   Buffer aux_residual, aux_index, aux_value, aux_d_value, aux_count, aux_squared;
   Buffer starts, pairs, aux_starts, aux_pairs, histogram;
@@ -30,7 +30,7 @@ struct Workspace {
 
   template <class Visit>
   void each(Visit visit) {
-    for (Buffer* b : {&panels, &encoder_terms, &dead_bits, &centred, &residual, &index, &value, &d_value, &count, &squared,
+    for (Buffer* b : {&panels, &encoder_terms, &offset, &dead_bits, &centred, &residual, &index, &value, &d_value, &count, &squared,
                       &aux_residual, &aux_index, &aux_value, &aux_d_value, &aux_count, &aux_squared, &starts, &pairs,
                       &aux_starts, &aux_pairs, &histogram, &aux_latents, &aux_rank, &aux_encoder, &aux_decoder, &sums,
                       &partial})
@@ -84,9 +84,10 @@ Packed pack(const Level& l, Precision precision, const Shape& shape, const Weigh
   times = {};
   const Timer timer(times.pack);
   const int64_t n_panels = ceil_div(shape.n_latents, l.panel_latents), n = n_panels * l.panel_latents;
-  float* terms = workspace.encoder_terms.take<float>(6 * n);
+  float* terms = workspace.encoder_terms.take<float>(5 * n);
   const PackedEncoder packed{workspace.panels.take<uint32_t>(n * l.packed_words(precision, shape.d_model)),
-                             terms, terms + n, terms + 2 * n, terms + 3 * n, terms + 4 * n, terms + 5 * n};
+                             terms, workspace.offset.take<int32_t>(n), terms + n, terms + 2 * n, terms + 3 * n,
+                             terms + 4 * n};
   const int64_t chunk = 4, scratch = l.pack_scratch_bytes(precision, shape.d_model);
   parallel(ceil_div(n_panels, chunk), scratch, [&](int64_t i, char* area) {
     l.pack_encoder(precision, w.encoder, w.latent_bias, shape.n_latents, shape.d_model, packed, i * chunk,

@@ -88,6 +88,7 @@ void sweep(const Block& block, Candidates& top, Candidates* aux) {
     for (int64_t t = 0; t < block.n_tiles; ++t) {
       Vec acc[kTileRows][2] = {};
       Product::multiply(block.tiles + t * block.steps * kTileRows, panel, block.steps, acc);
+      Product::convert(acc, packed, p * kPanel, block.row_scale + t * kTileRows);
 #pragma GCC unroll 16
       for (int r = 0; r < kTileRows; ++r) {
         const int64_t row = t * kTileRows + r;

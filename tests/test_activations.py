@@ -25,8 +25,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from monosem import activations, artifacts
-from monosem.activations import ActivationStore, ActivationStream, LiveSource, StoreSource, harvest
+from monosem.activations import ActivationStore, harvest
 from monosem.config import HarvestConfig
+from monosem.stream import ActivationStream, LiveSource, StoreSource
 from monosem.subject import Subject
 from tiny import tiny_corpus, tiny_lm
 
@@ -241,7 +242,7 @@ def test_mean_is_the_training_rows_mean_in_float64(store: ActivationStore) -> No
 
 
 def test_norms_tell_sinks_from_the_rest(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    captured = activations._captured
+    captured = activations.capture_block
 
     def with_sinks(*args: Any) -> Tensor:
         found = torch.nn.functional.normalize(captured(*args).float(), dim=2)
@@ -249,7 +250,7 @@ def test_norms_tell_sinks_from_the_rest(config: HarvestConfig, monkeypatch: pyte
         found[0, 5] *= 100
         return found
 
-    monkeypatch.setattr(activations, "_captured", with_sinks)
+    monkeypatch.setattr(activations, "capture_block", with_sinks)
     norms = harvest(dataclasses.replace(config, dtype="float32")).manifest["norms"]
     assert norms["first_token_mean"] == pytest.approx(1000, rel=1e-4)
     assert norms["rows_mean"] == pytest.approx((59 + 100) / 60, rel=1e-4)
@@ -259,7 +260,7 @@ def test_norms_tell_sinks_from_the_rest(config: HarvestConfig, monkeypatch: pyte
 def test_activations_that_are_not_finite_are_refused_with_their_address(
     config: HarvestConfig, store: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    captured = activations._captured
+    captured = activations.capture_block
 
     def poisoned(subject: Subject, site: Any, tokens: Tensor) -> Tensor:
         found = captured(subject, site, tokens)
@@ -267,7 +268,7 @@ def test_activations_that_are_not_finite_are_refused_with_their_address(
             found[1, 3, 0] = torch.nan
         return found
 
-    monkeypatch.setattr(activations, "_captured", poisoned)
+    monkeypatch.setattr(activations, "capture_block", poisoned)
     expected = store.contexts("train")
     document, position = expected.document_hashes[expected.documents[9, 3]], expected.positions[9, 3]
     with pytest.raises(
@@ -284,7 +285,7 @@ def test_contexts_longer_than_the_subject_reads_are_refused(config: HarvestConfi
 def test_too_little_held_out_text_shows_before_any_forward_pass(
     config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activations, "_captured", None)
+    monkeypatch.setattr(activations, "capture_block", None)
     with pytest.raises(ValueError, match="held-out tokens"):
         harvest(dataclasses.replace(config, n_tokens_held_out=10**6))
 

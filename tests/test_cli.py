@@ -414,7 +414,7 @@ def test_a_changed_config_is_refused_by_its_field_and_overwrites_nothing(
     said = told(capsys, "harvest", "--out", store, *harvest_flags, "--seed", 3)
     assert said == f"{store} holds another harvest (seed: 0 -> 3); choose another out, or go back to the old"
     said = told(capsys, "train", "--store", store, "--out", run, *SMALL_TRAIN, "--lr", 0.1)
-    assert said.startswith(f"{run} holds a run with another config (lr: None -> 0.1); choose another --out or delete")
+    assert said.startswith(f"{run} holds a run with another config (lr: None -> 0.1); choose another --out, or delete")
     assert (bytes_in(store), bytes_in(run)) == before
 
 

@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("model",),
     ("step", "subject", "tokens"),
     ("checkpoint", "activations"),
+    ("stream",),
     ("training", "evals"),
     ("main_job",),
     ("cli",),

@@ -22,6 +22,7 @@ from monosem import _native
 from monosem.kernels import native
 
 LEVELS = _native.levels()
+PRECISIONS = ["fp32", "bf16", "int8"]
 SHAPES = [  # n_latents, d_model, batch, k
     (77, 13, 19, 5),
     (1000, 64, 100, 32),
@@ -79,7 +80,7 @@ def assert_as_exact_as_dense(step: StepGradients, x: Tensor, w: Weights, spec: L
     assert step.auxk_dropped.item() == truth.auxk_dropped.item()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_topk_encode_is_the_reference(shape: tuple[int, int, int, int], precision: str) -> None:
     n, d, batch, k = shape
@@ -109,17 +110,21 @@ def test_any_shape_is_right(level: str, data: st.DataObject) -> None:
     k, auxk = data.draw(st.integers(1, n), "k"), data.draw(st.integers(0, 2 * n), "auxk")
     w, x = make_case(n, d, batch, seed=data.draw(st.integers(0, 9), "seed"))
     dead = some_dead(n, data.draw(st.integers(0, n), "n_dead"))
-    spec = LossSpec(k=k, mse_scale=1.3, auxk=auxk, precision=data.draw(st.sampled_from(["fp32", "bf16"]), "precision"))
+    spec = LossSpec(k=k, mse_scale=1.3, auxk=auxk, precision=data.draw(st.sampled_from(PRECISIONS), "precision"))
     if batch > 1:  # with one row the error's variance is 0 and AuxK is dropped; tested apart
         assert_as_exact_as_dense(native.topk_gradients(x, w, spec, dead), x, w, spec, dead)
 
 
-def test_the_selecting_precision_changes_no_bit() -> None:
+@pytest.mark.parametrize("outliers", [False, True])
+def test_the_selecting_precision_changes_no_bit(outliers: bool) -> None:
     w, x = make_case(3000, 96, 130)
+    if outliers:  # a few dimensions far above the rest, as language models have: coarse steps for int8
+        x[:, :3] *= 30
     dead = some_dead(3000, 400)
     spec = LossSpec(k=24, mse_scale=1.0, auxk=48)
-    low = dataclasses.replace(spec, precision="bf16")
-    assert_same_bits(native.topk_gradients(x, w, spec, dead), native.topk_gradients(x, w, low, dead))
+    exact = native.topk_gradients(x, w, spec, dead)
+    for precision in ("auto", "bf16", "int8"):
+        assert_same_bits(exact, native.topk_gradients(x, w, dataclasses.replace(spec, precision=precision), dead))
 
 
 def test_threads_and_dirty_scratch_memory_change_no_bit() -> None:
@@ -328,5 +333,5 @@ def test_topk_step_is_topk_gradients_then_apply_update_to_the_bit(auxk: int, ave
 def test_topk_step_refuses_to_clip() -> None:
     w, x = make_case(20, 5, 8)
     update = UpdateSpec(step=1, lr=1e-3, clip_norm=1.0)
-    with pytest.raises(ValueError, match="clip_norm is 1.0"):
+    with pytest.raises(ValueError, match=r"clip_norm is 1\.0"):
         native.topk_step(x, w, LossSpec(k=3, mse_scale=1.0), some_dead(20, 0), make_optimizer(w, False), update)

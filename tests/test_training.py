@@ -181,7 +181,7 @@ def test_train_again_is_skipped_and_changes_nothing(
 
 def test_train_with_a_changed_config_names_the_field(store: Path, tmp_path: Path) -> None:
     train(configured(store, tmp_path))
-    with pytest.raises(ValueError, match=r"another config \(k: 4 -> 5\).*delete metrics.jsonl, state and autoencoder in"):
+    with pytest.raises(ValueError, match=r"another config \(k: 4 -> 5\).*delete metrics.jsonl, state and auto"):
         train(configured(store, tmp_path, k=5))
     (tmp_path / "metrics.jsonl").unlink()
     for name in ("state", "autoencoder"):

@@ -190,7 +190,7 @@ int main() {
   };
   for (const char* const* name = level_names(); *name; ++name) {
     set_level(*name);
-    for (const Precision precision : {Precision::fp32, Precision::bf16}) {
+    for (const Precision precision : {Precision::fp32, Precision::bf16, Precision::int8}) {
       for (const Case& c : cases) check(c, precision);
       check_strange_rows(precision);
     }

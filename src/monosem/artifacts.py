@@ -74,6 +74,11 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def hash_names(names: list[str]) -> str:
+    """Hex sha256 of the names, one a line: one hash that stands for many things, in order."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
 def manifest(kind: str, config: dict[str, Any], sources: dict[str, str], **facts: Any) -> dict[str, Any]:
     """What made a folder: its kind and format, the config, its sources' hashes, the versions, and `facts`."""
     return {

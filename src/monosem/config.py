@@ -18,7 +18,7 @@ DEFAULT_CORPUS = "sae-probes-text"
 
 Dtype = Literal["bfloat16", "float32"]
 Activation = Literal["topk", "relu"]
-Impl = Literal["auto", "reference", "torch", "native"]
+Impl = Literal["auto", "reference", "torch", "native", "triton"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -112,7 +112,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     impl: Impl = "auto"
-    """Kernels of the step: auto, reference (dense, slow, the definition), torch, native."""
+    """Kernels of the step: auto, reference (dense, slow, the definition), torch, native, triton (CUDA and ROCm)."""
     log_every_steps: int = 10
     save_every_s: float = 60.0
     """Seconds between saves of the training state."""

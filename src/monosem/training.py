@@ -25,11 +25,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from monosem import artifacts, kernels, losses, step
-from monosem.activations import ActivationStore, ActivationStream, StoreSource
+from monosem.activations import ActivationStore
 from monosem.checkpoint import load_state, save_state
 from monosem.config import TrainConfig, changed_fields, to_dict
 from monosem.logs import MetricsLog, progress
 from monosem.model import Autoencoder, AutoencoderConfig, initial_weights, normalize
+from monosem.stream import ActivationStream, StoreSource
 from monosem.types import StepGradients, Weights, resolve_device
 
 log = logging.getLogger("monosem")
@@ -93,14 +94,8 @@ class _Run:
         device: torch.device,
         impl: str,
     ) -> None:
-        self.out, self.config, self.store, self.stream, self.device, self.impl = (
-            out,
-            config,
-            store,
-            stream,
-            device,
-            impl,
-        )
+        self.out, self.config, self.store = out, config, store
+        self.stream, self.device, self.impl = stream, device, impl
         self.metrics = MetricsLog(out / "metrics.jsonl")
         self.started = time.monotonic()
         self.threads = torch.get_num_threads()

@@ -23,13 +23,18 @@ import torch
 
 log = logging.getLogger("monosem")
 
-_MODULES = {"reference": "reference", "torch": "torch_sparse", "native": "native"}
+_MODULES = {"reference": "reference", "torch": "torch_sparse", "native": "native", "triton": "triton_step"}
 
 
 def select(impl: str, device: torch.device) -> tuple[str, ModuleType]:
-    """The implementation's name and module; `auto` is native on a CPU where it was built, else torch."""
+    """The implementation's name and module; `auto` is native on a CPU where it was built, triton on CUDA and ROCm where
+    that is installed, else torch."""
     if impl == "auto":
-        impl = "native" if device.type == "cpu" and native_is_built() else "torch"
+        impl = "torch"
+        if device.type == "cpu" and native_is_built():
+            impl = "native"
+        elif device.type == "cuda" and triton_is_installed():
+            impl = "triton"
         log.info("kernels: %s, chosen for %s", impl, device)
     if impl not in _MODULES:
         raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(_MODULES)}")
@@ -39,9 +44,18 @@ def select(impl: str, device: torch.device) -> tuple[str, ModuleType]:
         )
     if impl == "native" and device.type != "cpu":
         raise ValueError(f"impl=native runs on the CPU, not on {device}; use --device cpu or --impl torch")
+    if impl == "triton" and not triton_is_installed():
+        raise ValueError("impl is triton, which is not installed; pip install monosem[gpu] or use --impl torch")
+    if impl == "triton" and device.type != "cuda":
+        raise ValueError(f"impl=triton runs on CUDA and ROCm, not on {device}; use --device cuda or --impl torch")
     return impl, importlib.import_module(f"monosem.kernels.{_MODULES[impl]}")
 
 
 def native_is_built() -> bool:
     """Whether `monosem._native` was compiled into this install."""
     return importlib.util.find_spec("monosem._native") is not None
+
+
+def triton_is_installed() -> bool:
+    """Whether Triton can be imported (the extra `gpu`)."""
+    return importlib.util.find_spec("triton") is not None

@@ -26,7 +26,7 @@ __all__ = ["apply_update", "decode", "relu_encode", "relu_gradients", "topk_enco
 LEVEL_VARIABLE = "MONOSEM_NATIVE_LEVEL"
 """Environment variable that forces a dispatch level by name; `_native.levels()` lists those of this machine."""
 
-_PRECISIONS = ("auto", "fp32", "bf16")
+_PRECISIONS = ("auto", "fp32", "bf16", "int8")
 
 log = logging.getLogger("monosem")
 

@@ -39,7 +39,7 @@ def row_bounds_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    largest = tl.zeros((BLOCK,), tl.float32)
+    largest = tl.full((BLOCK,), 0.0, tl.float32)
     for start in range(0, D, BLOCK):
         inside = start + columns < D
         largest = tl.maximum(largest, tl.abs(tl.load(rows_ptr + row * D + start + columns, mask=inside, other=0.0)))
@@ -48,8 +48,8 @@ def row_bounds_kernel(
     scale = unit * 0 + 1.0
     if LARGEST > 0:
         scale = tl.maximum(unit / LARGEST, 1e-37)
-    squares = tl.zeros((BLOCK,), tl.float32)
-    lost = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.full((BLOCK,), 0.0, tl.float32)
+    lost = tl.full((BLOCK,), 0.0, tl.float32)
     for start in range(0, D, BLOCK):
         inside = start + columns < D
         values = tl.load(rows_ptr + row * D + start + columns, mask=inside, other=0.0)
@@ -77,9 +77,9 @@ def sweep_kernel(
     x_norm_ptr,
     encoder_norm_ptr,
     encoder_rounding_ptr,
+    bias_slack_ptr,
     threshold_ptr,
-    upper_ptr,
-    lower_ptr,
+    value_ptr,
     index_ptr,
     count_ptr,
     n_rows,
@@ -87,7 +87,6 @@ def sweep_kernel(
     last,
     split_latents,
     D,
-    BIAS_ROUNDING: tl.constexpr,
     PRECISION: tl.constexpr,
     SCALED: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -99,10 +98,10 @@ def sweep_kernel(
     """The encoder product of a block of rows with one split of the latents [first, last), fused with the selection.
 
     a = x . encoder[i] + bias[i], taken in low precision, lies within
-        slack = x_rounding * encoder_norm[i] + x_norm * encoder_rounding[i] + |bias[i]| BIAS_ROUNDING
+        slack = x_rounding * encoder_norm[i] + x_norm * encoder_rounding[i] + bias_slack[i]
     of the fp32 value (Cauchy-Schwarz on what rounding lost). Latents whose upper bound a + slack reaches the row's
-    threshold go to the row's own buffer of this split, in order of latent: upper, lower, index. `count` is how many
-    there were, beyond CAPACITY too, though only CAPACITY are kept. A comparison with NaN keeps nothing.
+    threshold go to the row's own buffer of this split, in order of latent: a and i. `count` is how many there were,
+    beyond CAPACITY too, though only CAPACITY are kept. A comparison with NaN keeps nothing.
     WIDEN is for Triton's interpreter, whose dot reads bf16 as integers; widening changes no product.
     Grid (blocks of rows, splits): programs that run together share a split's latents in the L2 cache.
     """
@@ -118,7 +117,7 @@ def sweep_kernel(
     x_norm = tl.load(x_norm_ptr + rows, mask=is_row, other=0.0)
     x_block_ptr = x_ptr + first_row.to(tl.int64) * D
     buffer = (rows * tl.num_programs(1) + split) * CAPACITY
-    count = tl.zeros((ROWS,), tl.int32)
+    count = tl.full((ROWS,), 0, tl.int32)
 
     begin = first + split * split_latents
     end = tl.minimum(begin + split_latents, last)
@@ -126,7 +125,7 @@ def sweep_kernel(
     for tile in range(begin, end, LATENTS):
         latents = tile + local_latents
         is_latent = latents < end
-        product = tl.zeros((ROWS, LATENTS), tl.float32)
+        product = tl.full((ROWS, LATENTS), 0.0, tl.float32)
         for start in range(0, D, DEPTH):
             inside = start + depth < D
             x = tl.load(
@@ -148,8 +147,9 @@ def sweep_kernel(
         bias = tl.load(bias_ptr + latents, mask=is_latent, other=0.0)
         norm = tl.load(encoder_norm_ptr + latents, mask=is_latent, other=0.0)
         rounding = tl.load(encoder_rounding_ptr + latents, mask=is_latent, other=0.0)
+        bias_slack = tl.load(bias_slack_ptr + latents, mask=is_latent, other=0.0)
         slack = x_rounding[:, None] * norm[None, :] + x_norm[:, None] * rounding[None, :]
-        slack += (tl.abs(bias) * BIAS_ROUNDING)[None, :]
+        slack += bias_slack[None, :]
         value = product + bias[None, :]
         keep = (value + slack >= threshold[:, None]) & is_latent[None, :]
         kept = keep.to(tl.int32)
@@ -158,8 +158,7 @@ def sweep_kernel(
             slot = count[:, None] + tl.cumsum(kept, 1) - kept
             keep = keep & (slot < CAPACITY)
             slot += buffer[:, None]
-            tl.store(upper_ptr + slot, value + slack, mask=keep)
-            tl.store(lower_ptr + slot, value - slack, mask=keep)
+            tl.store(value_ptr + slot, value, mask=keep)
             tl.store(index_ptr + slot, tl.broadcast_to(latents[None, :], (ROWS, LATENTS)), mask=keep)
         count += n_kept
         tile_ptr += LATENTS * D
@@ -189,7 +188,7 @@ def gathered_dots_kernel(
     columns = tl.arange(0, BLOCK)
     index = tl.load(index_ptr + row * K + slots, mask=slots < K, other=-1).to(tl.int64)
     wanted = index >= 0
-    total = tl.zeros((GROUP, BLOCK), tl.float32)
+    total = tl.full((GROUP, BLOCK), 0.0, tl.float32)
     for start in range(0, D, BLOCK):
         inside = start + columns < D
         row_block = tl.load(rows_ptr + row * D + start + columns, mask=inside, other=0.0)
@@ -214,7 +213,7 @@ def decode_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < D
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.full((BLOCK,), 0.0, tl.float32)
     for slot in range(K):
         index = tl.load(index_ptr + row * K + slot).to(tl.int64)
         value = tl.load(value_ptr + row * K + slot)
@@ -253,13 +252,13 @@ def segment_sums_kernel(
     last = tl.minimum(first + CHUNK, n_pairs)
     latent = tl.load(latent_ptr + first)
     carried = tl.load(start_ptr + latent) < first
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.full((BLOCK,), 0.0, tl.float32)
     for pair in range(first, last):
         pair_latent = tl.load(latent_ptr + pair)
         if pair_latent != latent:
             tl.store(head_ptr + chunk * D + columns, total, mask=inside & carried)
             tl.store(out_ptr + latent * D + columns, total, mask=inside & (carried == 0))
-            total = tl.zeros((BLOCK,), tl.float32)
+            total = tl.full((BLOCK,), 0.0, tl.float32)
             latent = pair_latent
             carried = latent < 0
         token = tl.load(token_ptr + pair)
@@ -270,9 +269,7 @@ def segment_sums_kernel(
 
 @no_type_check
 @triton.jit
-def segment_heads_kernel(
-    latent_ptr, start_ptr, out_ptr, head_ptr, D, CHUNK: tl.constexpr, BLOCK: tl.constexpr
-):
+def segment_heads_kernel(latent_ptr, start_ptr, out_ptr, head_ptr, D, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """Second level: the first chunk that a segment is carried into adds that segment's heads to `out`, in order."""
     chunk = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -296,7 +293,7 @@ def weighted_rows_kernel(factor_ptr, matrix_ptr, out_ptr, n_rows, D, CHUNK: tl.c
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < D
     first = chunk * CHUNK
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.full((BLOCK,), 0.0, tl.float32)
     for row in range(first, tl.minimum(first + CHUNK, n_rows)):
         total += tl.load(factor_ptr + row) * tl.load(matrix_ptr + row * D + columns, mask=inside, other=0.0)
     tl.store(out_ptr + chunk * D + columns, total, mask=inside)
@@ -307,7 +304,7 @@ def weighted_rows_kernel(factor_ptr, matrix_ptr, out_ptr, n_rows, D, CHUNK: tl.c
 def along_row(weight_ptr, gradient_ptr, base, n_elements, D, BLOCK: tl.constexpr):
     """gradient . weight of one row."""
     columns = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.full((BLOCK,), 0.0, tl.float32)
     for start in range(0, D, BLOCK):
         offsets = base + start + columns
         inside = (start + columns < D) & (offsets < n_elements)
@@ -328,7 +325,7 @@ def gradient_squares_kernel(
     along = 0.0
     if PROJECT:
         along = along_row(weight_ptr, gradient_ptr, base, n_elements, D, BLOCK)
-    squares = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.full((BLOCK,), 0.0, tl.float32)
     for start in range(0, D, BLOCK):
         offsets = base + start + columns
         inside = (start + columns < D) & (offsets < n_elements)
@@ -375,8 +372,8 @@ def update_rows_kernel(
         along = along_row(weight_ptr, gradient_ptr, base, n_elements, D, BLOCK)
         tl.debug_barrier()
     clip = tl.load(clip_ptr)
-    squares = tl.zeros((BLOCK,), tl.float32)
-    lengths = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.full((BLOCK,), 0.0, tl.float32)
+    lengths = tl.full((BLOCK,), 0.0, tl.float32)
     for start in range(0, D, BLOCK):
         offsets = base + start + columns
         inside = (start + columns < D) & (offsets < n_elements)

@@ -54,13 +54,12 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    "bf16": Tile(128, 128, 64, 8, 3),
-    "tf32": Tile(128, 128, 32, 8, 3),
+    "bf16": Tile(128, 64, 64, 8, 3),
+    "tf32": Tile(128, 64, 32, 8, 3),
     "fp32": Tile(64, 64, 32, 8, 2),
-    "fp8": Tile(128, 128, 128, 8, 3),
+    "fp8": Tile(128, 64, 128, 8, 3),
 }
-TILES_HIP = TILES | {"bf16": Tile(128, 128, 64, 8, 2), "tf32": Tile(64, 64, 32, 8, 2), "fp8": Tile(128, 128, 64, 8, 2)}
-"""A compute unit of an MI300 has 64 KiB of shared memory, less than half of an SM's."""
+"""The largest that compile without a spill and within an MI300's 64 KiB of shared memory (benchmarks.triton_aot)."""
 
 FIRST_LATENTS = 2048  # of the stage that sets the first threshold
 GROWTH = 4
@@ -68,7 +67,8 @@ SPLITS = 8  # of a stage's latents, so that a chunk of rows fills the device
 CAPACITY_SLACK = 4  # a buffer holds this times the candidates expected in it, and a few
 CAPACITY_EXTRA = 16
 POOL_PER_K, POOL_EXTRA = 4, 64  # candidates of a row between stages
-BUFFER_BYTES = 1 << 28  # of one chunk of rows: upper, lower and index of its candidates
+BUFFER_BYTES = 1 << 28  # of one chunk of rows and a stage, at SLOT_BYTES for value, index, two bounds and temporaries
+SLOT_BYTES = 24
 EXHAUSTIVE_ELEMENTS = 1 << 24
 
 SUMMING = 4 * 2.0**-24
@@ -83,7 +83,7 @@ BLOCK = 1024  # columns at a time of kernels that walk a row: 4 warps hold 8 eac
 GROUP = 4  # latents of one row that are scored together
 CHUNK = 256  # pairs, or rows, that one program sums
 AUXK_DENSE_RATIO = 32
-"""With fewer dead latents than this times auxk, the dense products among them (10 B n_dead D flops of fp32) cost less
+"""With no more dead latents than this times auxk, the dense products among them (10 B n_dead D flops of fp32) cost less
 than gathering auxk rows a token four times (16 B auxk D bytes), at 60 TFLOP/s and 3.35 TB/s. Estimated, not run."""
 
 _PRECISIONS = ("auto", *TILES)
@@ -130,7 +130,8 @@ def topk_gradients(
     precision = _checked(spec.precision, spec.k, weights)
     if len(x_BD) == 0:
         raise ValueError("the batch is empty, so it has no gradient; give at least one row")
-    centred_BD = _readable_x(x_BD) - weights.pre_bias
+    x_BD = _readable_x(x_BD)
+    centred_BD = x_BD - weights.pre_bias
     latents = _encode(centred_BD, weights, spec.k, precision)
     error_BD = x_BD - _decode(latents, weights.decoder, weights.pre_bias)
     mse = spec.mse_scale * error_BD.square().mean()
@@ -158,10 +159,9 @@ def apply_update(
     weights: Weights, gradients: Weights, optimizer: OptimizerState, update: UpdateSpec
 ) -> Float[Tensor, ""]:
     """As `reference.apply_update`, one visit a row; clipping needs the norm first, and so a second look at gradients."""
-    for name, w in weights._asdict().items():
-        _check_kind(name, w)
-        if not w.is_contiguous():
-            raise ValueError(f"{name} is updated in place and must be contiguous; call .contiguous() on it first")
+    for written in (weights, optimizer.first, optimizer.second, optimizer.average):
+        if written is not None:
+            _check_writable(written)
     gradients = Weights(*(g.contiguous() for g in gradients))
     clip = weights.pre_bias.new_ones(())
     if update.clip_norm is not None:
@@ -171,9 +171,6 @@ def apply_update(
     return _norm(squares) if update.clip_norm is None else norm
 
 
-# --- encoding -------------------------------------------------------------------------------------------------------
-
-
 class _Low(NamedTuple):
     """Rows in the precision of the sweep, with what bounds the error of a product with them."""
 
@@ -181,6 +178,21 @@ class _Low(NamedTuple):
     scale: Float[Tensor, " n"]
     norm: Float[Tensor, " n"]
     rounding: Float[Tensor, " n"]
+
+
+class _Bound(NamedTuple):
+    """The terms of |a - fp32 value| <= x_rounding norm + x_norm rounding + bias_slack, of rows and of latents."""
+
+    x_rounding: Float[Tensor, " rows"]
+    x_norm: Float[Tensor, " rows"]
+    norm: Float[Tensor, " n_latents"]
+    rounding: Float[Tensor, " n_latents"]
+    bias_slack: Float[Tensor, " n_latents"]
+
+    def slack(self, index: Int[Tensor, "rows slots"]) -> Float[Tensor, "rows slots"]:
+        """The bound at some latents of each row."""
+        of_rows = self.x_rounding[:, None] * self.norm[index] + self.x_norm[:, None] * self.rounding[index]
+        return of_rows + self.bias_slack[index]
 
 
 class _Candidates(NamedTuple):
@@ -214,13 +226,13 @@ def _prefiltered(
     indices = torch.empty(len(centred_BD), k, dtype=torch.int64, device=centred_BD.device)
     values = torch.empty(len(centred_BD), k, device=centred_BD.device)
     saturated = torch.empty(len(centred_BD), dtype=torch.bool, device=centred_BD.device)
-    for rows in _row_chunks(len(centred_BD), n_latents, k):
+    for rows in _row_chunks(len(centred_BD), n_latents, k, TILES[precision]):
         pool, saturated[rows] = _candidates(_Low(*(t[rows] for t in x)), encoder, weights.latent_bias, k, precision)
         scores = _dots(centred_BD[rows], weights.encoder, pool, weights.latent_bias)
         indices[rows], values[rows] = _from_keys(_keys(scores, pool).topk(k).values)
     poison = 0 * x.norm + 0 * encoder.norm.sum() + (0 * weights.latent_bias).sum()  # NaN where something is not finite
     values = values.add_(poison[:, None]).clamp_(min=0)
-    return SparseLatents(indices.clamp_(max=n_latents - 1), values, n_latents), saturated
+    return SparseLatents(indices.clamp_(max=n_latents - 1), values, n_latents), saturated & poison.isfinite()
 
 
 def _candidates(
@@ -235,7 +247,7 @@ def _candidates(
     for first, last in _stages(n_latents, k):
         found, overflowed = _sweep(x, encoder, bias, threshold, k, precision, first, last)
         pool = _Candidates(*(torch.cat(pair, 1) for pair in zip(pool, found, strict=True)))
-        threshold = pool.lower.topk(k).values[:, -1]
+        threshold = pool.lower.topk(k).values[:, -1].contiguous()
         saturated |= overflowed | ((pool.upper >= threshold[:, None]).sum(1) > width)
         top = pool.upper.topk(min(width, pool.upper.shape[1])).indices
         pool = _Candidates(*(t.gather(1, top) for t in pool))
@@ -246,29 +258,23 @@ def _sweep(
     x: _Low, encoder: _Low, bias: Tensor, threshold: Tensor, k: int, precision: str, first: int, last: int
 ) -> tuple[_Candidates, Bool[Tensor, " rows"]]:
     """The latents of [first, last) whose upper bound reaches the threshold; which rows had more than their buffers."""
-    tile = _tiles()[precision]
+    tile = TILES[precision]
     n_rows, d_model = x.rows.shape
     split_latents, capacity = _buffers(last - first, k, tile.latents, keep_all=first == 0)
     n_splits = triton.cdiv(last - first, split_latents)
-    upper, lower = (torch.empty(n_rows, n_splits, capacity, device=bias.device) for _ in range(2))
+    value = torch.empty(n_rows, n_splits, capacity, device=bias.device)
     index = torch.empty(n_rows, n_splits, capacity, dtype=torch.int32, device=bias.device)
     count = torch.empty(n_rows, n_splits, dtype=torch.int32, device=bias.device)
-    share, summing = 1.0, SUMMING * d_model
-    if precision == "fp8":
-        share, summing = min(1.0, FP8_SIGMAS / math.sqrt(d_model)), FP8_SUMMING
+    bound = _bound(x, encoder, bias, precision)
     kernels.sweep_kernel[triton.cdiv(n_rows, tile.rows), n_splits](
         x.rows,
         encoder.rows,
         bias,
         x.scale,
         encoder.scale,
-        share * x.rounding + summing * (x.norm + x.rounding),
-        share * (x.norm + x.rounding),
-        encoder.norm,
-        encoder.rounding,
+        *bound,
         threshold,
-        upper,
-        lower,
+        value,
         index,
         count,
         n_rows,
@@ -276,7 +282,6 @@ def _sweep(
         last,
         split_latents,
         d_model,
-        BIAS_ROUNDING=BIAS_ROUNDING,
         PRECISION="tf32" if precision == "tf32" else "ieee",
         SCALED=precision == "fp8",
         WIDEN=triton.knobs.runtime.interpret and precision == "bf16",
@@ -287,12 +292,22 @@ def _sweep(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    empty = torch.arange(capacity, device=bias.device) >= count[..., None]
-    return _Candidates(
-        upper.masked_fill_(empty, -torch.inf).flatten(1),
-        lower.masked_fill_(empty, -torch.inf).flatten(1),
-        index.masked_fill_(empty, 0).flatten(1),
-    ), (count > capacity).any(1)
+    empty = (torch.arange(capacity, device=bias.device) >= count[..., None]).flatten(1)
+    value, index = value.flatten(1), index.flatten(1).masked_fill_(empty, 0)
+    slack = bound.slack(index)
+    upper, lower = (value + slack).masked_fill_(empty, -torch.inf), (value - slack).masked_fill_(empty, -torch.inf)
+    return _Candidates(upper, lower, index), (count > capacity).any(1)
+
+
+def _bound(x: _Low, encoder: _Low, bias: Tensor, precision: str) -> _Bound:
+    """With x' and w' the rounded x and w: x.w - x'.w' = (x - x').w + x'.(w - w'), and the error of summing on top."""
+    d_model = x.rows.shape[1]
+    share, summing = 1.0, SUMMING * (d_model + 8)
+    if precision == "fp8":
+        share, summing = min(1.0, FP8_SIGMAS / math.sqrt(d_model)), FP8_SUMMING
+    norm = x.norm + x.rounding
+    bias_slack = bias.abs() * BIAS_ROUNDING + 1e-30
+    return _Bound(share * x.rounding + summing * norm, share * norm, encoder.norm, encoder.rounding, bias_slack)
 
 
 def _exhaustive(centred_BD: Tensor, weights: Weights, k: int) -> SparseLatents:
@@ -342,10 +357,6 @@ def _low_dtype(precision: str) -> torch.dtype:
     return torch.float8_e4m3fn
 
 
-def _tiles() -> dict[str, Tile]:
-    return TILES_HIP if torch.version.hip else TILES
-
-
 def _stages(n_latents: int, k: int) -> Iterator[tuple[int, int]]:
     """[first, last) of each stage of a sweep: at least k latents, then GROWTH times all before."""
     first, last = 0, min(n_latents, max(FIRST_LATENTS, k))
@@ -363,14 +374,13 @@ def _buffers(n_latents: int, k: int, tile_latents: int, *, keep_all: bool) -> tu
     return split_latents, triton.next_power_of_2(math.ceil(CAPACITY_SLACK * expected) + CAPACITY_EXTRA)
 
 
-def _row_chunks(n_rows: int, n_latents: int, k: int) -> list[slice]:
-    """Slices over the rows whose candidates stay below BUFFER_BYTES."""
-    tile = max(_tiles().values(), key=lambda t: t.latents)
+def _row_chunks(n_rows: int, n_latents: int, k: int, tile: Tile) -> list[slice]:
+    """Slices over the rows, whole tiles of them, whose candidates stay below BUFFER_BYTES."""
     slots = []
     for first, last in _stages(n_latents, k):
         split_latents, capacity = _buffers(last - first, k, tile.latents, keep_all=first == 0)
         slots.append(triton.cdiv(last - first, split_latents) * capacity)
-    size = max(1, BUFFER_BYTES // (12 * max(slots)))
+    size = max(1, BUFFER_BYTES // (SLOT_BYTES * max(slots)))
     size = max(size // tile.rows, 1) * tile.rows
     return [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
@@ -388,9 +398,6 @@ def _from_keys(keys: Int[Tensor, "rows k"]) -> tuple[Int[Tensor, "rows k"], Floa
     bits = (keys >> 32).int()
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return 0xFFFFFFFF - (keys & 0xFFFFFFFF), bits.view(torch.float32)
-
-
-# --- sparse products ------------------------------------------------------------------------------------------------
 
 
 class _Pairs(NamedTuple):
@@ -438,7 +445,7 @@ def _add_auxk_gradients(
     The dead latents are encoded as an autoencoder of their own, or in dense products when they are few.
     """
     dead = dead_N.nonzero().squeeze(1)
-    if len(dead) < AUXK_DENSE_RATIO * spec.auxk:
+    if len(dead) <= AUXK_DENSE_RATIO * spec.auxk:
         return torch_sparse._add_auxk_gradients(gradients, centred_BD, error_BD, weights, spec, dead_N)
     small = Weights(weights.encoder[dead], weights.latent_bias[dead], weights.decoder[dead], weights.pre_bias)
     latents = _encode(centred_BD, small, min(spec.auxk, len(dead)), precision)
@@ -518,9 +525,6 @@ def _count(flags_BK: Tensor, pairs: _Pairs) -> Int[Tensor, " n_latents"]:
     return running[pairs.start].diff()
 
 
-# --- update ---------------------------------------------------------------------------------------------------------
-
-
 def _gradient_squares(part: str, weights: Weights, gradients: Weights) -> Tensor:
     weight, gradient = getattr(weights, part), getattr(gradients, part)
     n_rows, width = _as_rows(weight)
@@ -569,9 +573,6 @@ def _norm(squares: list[Tensor]) -> Float[Tensor, ""]:
     return torch.cat(squares).double().sum().sqrt().float()
 
 
-# --- arguments ------------------------------------------------------------------------------------------------------
-
-
 def _block(width: int) -> int:
     return min(BLOCK, triton.next_power_of_2(width))
 
@@ -585,6 +586,13 @@ def _readable(weights: Weights) -> Weights:
     for name, w in weights._asdict().items():
         _check_kind(name, w)
     return Weights(*(w.detach().contiguous() for w in weights))
+
+
+def _check_writable(weights: Weights) -> None:
+    for name, w in weights._asdict().items():
+        _check_kind(name, w)
+        if not w.is_contiguous():
+            raise ValueError(f"{name} is updated in place and must be contiguous; call .contiguous() on it first")
 
 
 def _check_kind(name: str, t: Tensor) -> None:
