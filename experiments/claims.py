@@ -30,7 +30,6 @@ TABLE = Path("results/smollm2-135m-instruct-q4_1/runs.csv")
 RUNS = Path("runs/claims")
 
 LRS = (1e-3, 2e-3, 4e-3, 8e-3)
-RELU_LRS = (2e-3, 1e-3, 4e-3)
 L1_COEFS = (0.003, 0.005, 0.007, 0.01, 0.015)
 
 GROUPS: dict[str, list[dict[str, Any]]] = {
@@ -38,12 +37,12 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
     "lr": [{"n_latents": 8192, "lr": lr} for lr in LRS],
     # dead latents: tied initialisation x AuxK, at the lr the group above prefers
     "dead": [{"n_latents": 8192, "tied_init": tied, "auxk": auxk} for tied in (True, False) for auxk in (None, 0)],
-    # TopK against ReLU + L1 at equal L0, each with its own lr
+    # TopK against ReLU + L1 at equal L0: every l1_coef at one lr, then more lrs at those that bracket L0 = k
     "topk": [{"n_latents": 2048, "lr": lr} for lr in LRS],
     "relu": [
         {"n_latents": 2048, "activation": "relu", "lr": lr, "l1_coef": l1_coef, "l1_warmup_steps": 200}
-        for lr in RELU_LRS
-        for l1_coef in L1_COEFS
+        for lr, l1_coefs in ((2e-3, L1_COEFS), (1e-3, L1_COEFS[2:4]), (4e-3, L1_COEFS[1:3]))
+        for l1_coef in l1_coefs
     ],
 }
 

@@ -82,34 +82,38 @@ def dead() -> str:
 
 
 def frontier() -> str:
-    """The best run over lr at each sparsity, TopK and ReLU."""
-    best: dict[tuple[str, str], Row] = {}
-    for r in runs("relu") + runs("topk"):
-        key = (r["activation"], r["l1_coef"])
-        if key not in best or float(r["normalized_mse"]) < float(best[key]["normalized_mse"]):
-            best[key] = r
+    """Every run of both activation functions, and what they say at equal L0."""
     rows = [
-        [r["activation"], f"{float(r['l1_coef']):g}", f"{float(r['lr']):g}", f"{float(r['l0']):.1f}", *quality(r)]
-        for r in sorted(best.values(), key=lambda r: (r["activation"], float(r["l0"])))
+        [r["activation"], f"{float(r['lr']):g}", f"{float(r['l1_coef']):g}", f"{float(r['l0']):.1f}", *quality(r)]
+        for r in runs("topk") + sorted(runs("relu"), key=lambda r: (float(r["lr"]), float(r["l1_coef"])))
     ]
-    return markdown(["activation", "l1_coef", "lr", "L0", *QUALITY], rows) + "\n\n" + verdict(list(best.values()))
+    return markdown(["activation", "lr", "l1_coef", "L0", *QUALITY], rows) + "\n\n" + verdict()
 
 
-def verdict(best: list[Row]) -> str:
-    """ReLU's NMSE at TopK's L0, by interpolation in log L0 between the two runs that bracket it; never beyond them."""
-    topk = next(r for r in best if r["activation"] == "topk")
+def verdict() -> str:
+    """ReLU's NMSE at TopK's L0, each at its best lr: interpolated in log L0 between runs of one lr, never beyond."""
+    topk = min(runs("topk"), key=lambda r: float(r["normalized_mse"]))
     k, nmse = float(topk["l0"]), float(topk["normalized_mse"])
-    relu = sorted((float(r["l0"]), float(r["normalized_mse"])) for r in best if r["activation"] == "relu")
-    below, above = [p for p in relu if p[0] <= k], [p for p in relu if p[0] >= k]
-    if not below or not above:
-        return f"No two ReLU runs bracket L0 = {k:.1f}: no comparison."
-    (l0_a, a), (l0_b, b) = below[-1], above[0]
-    share = (math.log(k) - math.log(l0_a)) / (math.log(l0_b) - math.log(l0_a)) if l0_a != l0_b else 0.0
-    at_k = a + share * (b - a)
+    found = [point for lr in sorted({r["lr"] for r in runs("relu")}) if (point := relu_at(k, lr))]
+    if not found:
+        return f"No two ReLU runs of one lr bracket L0 = {k:.1f}: no comparison."
+    relu, lr, (l0_a, a), (l0_b, b) = min(found)
     return (
-        f"At L0 = {k:.1f}: TopK {nmse:.3f}; ReLU + L1 {at_k:.3f}, interpolated between L0 = {l0_a:.1f} ({a:.3f}) "
-        f"and L0 = {l0_b:.1f} ({b:.3f}). ReLU / TopK = {at_k / nmse:.2f}."
+        f"At L0 = {k:.1f}: TopK {nmse:.3f} (lr {float(topk['lr']):g}); ReLU + L1 {relu:.3f} (lr {float(lr):g}), "
+        f"interpolated between L0 = {l0_a:.1f} ({a:.3f}) and L0 = {l0_b:.1f} ({b:.3f}). "
+        f"ReLU / TopK = {relu / nmse:.2f}."
     )
+
+
+def relu_at(k: float, lr: str) -> tuple[float, str, tuple[float, float], tuple[float, float]] | None:
+    """(NMSE at L0 = k, lr, the run below, the run above), or None when the runs of this lr do not bracket k."""
+    points = sorted((float(r["l0"]), float(r["normalized_mse"])) for r in runs("relu") if r["lr"] == lr)
+    below, above = [p for p in points if p[0] <= k], [p for p in points if p[0] > k]
+    if not below or not above:
+        return None
+    (l0_a, a), (l0_b, b) = below[-1], above[0]
+    share = (math.log(k) - math.log(l0_a)) / (math.log(l0_b) - math.log(l0_a))
+    return a + share * (b - a), lr, below[-1], above[0]
 
 
 QUALITY = ["NMSE held out", "95% interval", "NMSE train", "dead", "never fired held out"]

@@ -11,14 +11,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from monosem.kernels import reference
 from monosem.kernels import triton_step as kernel
 from monosem.types import LossSpec, OptimizerState, SparseLatents, StepGradients, UpdateSpec, Weights
 
-assert triton.knobs.runtime.interpret, "run with TRITON_INTERPRET=1, set before Triton is imported"
+assert kernel.INTERPRETED, "run with TRITON_INTERPRET=1, set before Triton is imported"
 
 SPEC = LossSpec(k=5, mse_scale=0.7, auxk=8, auxk_coef=0.25)
 EXACT = ("fp32", "tf32", "bf16")

@@ -25,7 +25,10 @@ log = logging.getLogger("monosem")
 
 
 def run(config: RunConfig) -> dict[str, Any]:
-    """Do what is not yet done of the main job; returns the evaluation's report with `seconds` of each stage."""
+    """Do what is not yet done of the main job; returns the evaluation's report with the `seconds` of each stage now.
+
+    run.json keeps the seconds that each stage took when it was last really done, not those of skipping it.
+    """
     if not config.out:
         raise ValueError("out is empty; give the folder of the main job")
     out = Path(config.out)
@@ -48,6 +51,16 @@ def run(config: RunConfig) -> dict[str, Any]:
         log.info("%s: %.1f s", name, seconds[name])
     seconds["total"] = round(sum(seconds.values()), 1)
     configs = {"harvest": to_dict(harvest_config), "train": to_dict(train_config), "eval": to_dict(eval_config)}
-    artifacts.write_json(out / "run.json", artifacts.manifest("run", configs, {}, seconds=seconds))
+    kept = _seconds_of_the_work(out / "run.json", configs, seconds)
+    artifacts.write_json(out / "run.json", artifacts.manifest("run", configs, {}, seconds=kept))
     assert isinstance(result, dict)
     return {**result, "seconds": seconds}
+
+
+def _seconds_of_the_work(path: Path, configs: dict[str, Any], seconds: dict[str, float]) -> dict[str, float]:
+    """Stage by stage, the longer of this time and the last one of the same configs: skipping is quick."""
+    before = artifacts.read_manifest(path, "run") if path.exists() else {}
+    if before.get("config") != configs:
+        return seconds
+    kept = {name: max(now, before["seconds"].get(name, 0.0)) for name, now in seconds.items() if name != "total"}
+    return {**kept, "total": round(sum(kept.values()), 1)}

@@ -164,6 +164,8 @@ class Subject:
             raise ValueError(f"dtype is {dtype!r}; choose bfloat16 or float32")
         where = resolve_device(device)
         name, folder = _locate(model, revision)
+        if (path := Path(model.removeprefix("file:")).expanduser()).exists() and model not in resources.names("model"):
+            model = str(path.resolve())  # so that a site names its model from any working folder
         module, config = _load_module(name, folder, dtype)
         return cls(module.to(where), config, _load_tokenizer(name, folder), name, folder, model, revision)
 

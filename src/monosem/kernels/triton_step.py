@@ -40,6 +40,9 @@ from monosem.types import FIRED_THRESHOLD, LossSpec, OptimizerState, SparseLaten
 
 __all__ = ["apply_update", "decode", "relu_encode", "relu_gradients", "topk_encode", "topk_gradients"]
 
+INTERPRETED = not isinstance(kernels.sweep_kernel, triton.JITFunction)
+"""TRITON_INTERPRET=1 was set: kernels run as Python, on tensors of the CPU."""
+
 log = logging.getLogger("monosem")
 
 
@@ -284,7 +287,7 @@ def _sweep(
         d_model,
         PRECISION="tf32" if precision == "tf32" else "ieee",
         SCALED=precision == "fp8",
-        WIDEN=triton.knobs.runtime.interpret and precision == "bf16",
+        WIDEN=INTERPRETED and precision == "bf16",
         CAPACITY=capacity,
         ROWS=tile.rows,
         LATENTS=tile.latents,
@@ -596,7 +599,7 @@ def _check_writable(weights: Weights) -> None:
 
 
 def _check_kind(name: str, t: Tensor) -> None:
-    if t.dtype != torch.float32 or not (t.is_cuda or triton.knobs.runtime.interpret):
+    if t.dtype != torch.float32 or not (t.is_cuda or INTERPRETED):
         raise ValueError(
             f"{name} is {t.dtype} on {t.device}; impl=triton takes float32 on CUDA or ROCm: convert it or use impl=torch"
         )
