@@ -24,6 +24,8 @@ from benchmarks.workers import ROOT
 log = logging.getLogger("benchmarks")
 
 CONSTRAINTS = ROOT / "constraints.txt"
+_SHARED = ("torch", "numpy", "transformers", "datasets", "triton")
+"""What matters of the constraints: an environment is made anew when one of these versions changes."""
 
 
 class InstallError(Exception):
@@ -116,7 +118,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _fingerprint(peer: Peer) -> str:
     """Changes with whatever decides the environment's contents."""
-    parts = [repr((peer.requirement, peer.extra, peer.lone)), CONSTRAINTS.read_text(), sys.version]
+    shared = [line for line in CONSTRAINTS.read_text().splitlines() if line.partition("==")[0] in _SHARED]
+    parts = [repr((peer.requirement, peer.extra, peer.lone)), *shared, sys.version]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
