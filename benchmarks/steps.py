@@ -8,6 +8,7 @@ training function; what it does and lacks stands in environments.PEERS.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -83,12 +84,13 @@ def train_ours(name: str, shape: Shape, batches: Batches) -> None:
     parity.check(kernel, precision, shape.device)
 
     x = batches.batches[0]
-    settings: Any = {"impl": impl, "precision": precision, "ema": EMA if "ema" in variants else 0.0, "lr": LR}
+    settings: Any = {"ema": EMA if "ema" in variants else 0.0, "lr": LR}
     train_config = config.TrainConfig(
         out="", store="", n_latents=shape.n_latents, k=shape.k, n_tokens=shape.batch * _FOREVER,
         batch_size=shape.batch, dead_tokens_threshold=shape.batch * _FOREVER, **settings,
     )  # fmt: skip
     recipe = step.recipe(train_config, shape.d_model, losses.mse_scale(x))
+    recipe = dataclasses.replace(recipe, precision=precision)
     state = step.TrainState.new(_weights(shape, x), ema=recipe.ema > 0)
     dead = torch.zeros(0, dtype=torch.int64)
     if "auxk" in variants:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import os
 import re
 import subprocess
@@ -19,8 +20,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-
-assert "TRITON_INTERPRET" not in os.environ, "the interpreter compiles nothing: unset TRITON_INTERPRET"
 
 import triton
 import triton.backends.nvidia
@@ -32,6 +31,9 @@ from monosem.kernels import triton_step as step
 
 OUT = Path(__file__).parent / "results" / "triton_aot.csv"
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
+
+
+assert "TRITON_INTERPRET" not in os.environ, "the interpreter compiles nothing: unset TRITON_INTERPRET"
 
 
 class Target(NamedTuple):
@@ -47,6 +49,7 @@ TARGETS = {
 }
 NO_FP8 = ("sm_80",)
 D_MODEL = 768
+ODD_D_MODEL = 767
 DIVISIBLE = ("D", "K")
 """Arguments that 16 divides at realistic sizes, as the launcher would find; and all pointers."""
 
@@ -110,9 +113,10 @@ def _sweeps(target: str) -> Iterator[Case]:
     low = {"fp32": "fp32", "tf32": "fp32", "bf16": "bf16", "fp8": _fp8(target)}
     types = {"index_ptr": "*i32", "count_ptr": "*i32"}
     types |= dict.fromkeys(("n_rows", "first", "last", "split_latents", "D"), "i32")
-    for precision, tile in step.TILES.items():
+    for precision, d_model in itertools.product(step.TILES, (D_MODEL, ODD_D_MODEL)):
         if precision == "fp8" and target in NO_FP8:
             continue
+        tile = step.tile_for(precision, d_model)
         constants = {
             "PRECISION": "tf32" if precision == "tf32" else "ieee",
             "SCALED": precision == "fp8",
@@ -124,9 +128,7 @@ def _sweeps(target: str) -> Iterator[Case]:
         }
         operands = {"x_ptr": f"*{low[precision]}", "encoder_ptr": f"*{low[precision]}"}
         case = Case(f"sweep {precision}", kernels.sweep_kernel, types | operands, constants, tile.warps, tile.stages)
-        yield case
-        if precision == "bf16":
-            yield case._replace(name="sweep bf16, odd d_model", divisible=())
+        yield case if d_model == D_MODEL else case._replace(name=f"{case.name}, odd d_model", divisible=())
 
 
 def _fp8(target: str) -> str:

@@ -439,14 +439,14 @@ def test_two_in_one_folder_are_refused(
     command: str, harvest_flags: list[str], store: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run if command == "eval" else tmp_path
-    argv = {
+    flags: dict[str, list[object]] = {
         "harvest": ["--out", folder, *harvest_flags],
         "train": ["--store", store, "--out", folder, *SMALL_TRAIN],
         "eval": [folder],
-    }[command]
+    }
     with artifacts.folder_lock(folder):
         before = bytes_in(folder)
-        said = told(capsys, command, *argv)
+        said = told(capsys, command, *flags[command])
         assert said == f"another process is working in {folder}; wait for it or choose another folder"
         assert bytes_in(folder) == before
 

@@ -27,7 +27,8 @@ EXACT = ("fp32", "tf32", "bf16")
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"FIRST_LATENTS": 16, "GROWTH": 2, "SPLITS": 2, "GROUP": 64, "CHUNK": 16, "BLOCK": 32}.items():
         monkeypatch.setattr(kernel, name, value)
-    monkeypatch.setattr(kernel, "TILES", {p: kernel.Tile(16, 16, 16, 4, 2) for p in kernel.TILES})
+    monkeypatch.setattr(kernel, "TILES", {p: kernel.Tile(16, 32, 16, 4, 2) for p in kernel.TILES})
+    monkeypatch.setattr(kernel, "UNALIGNED_TILE", kernel.Tile(16, 16, 16, 4, 2))
     monkeypatch.setattr(kernel, "POOL_EXTRA", 8)
 
 

@@ -62,6 +62,7 @@ TILES = {
     "fp32": Tile(64, 64, 32, 8, 2),
     "fp8": Tile(128, 64, 128, 8, 3),
 }
+UNALIGNED_TILE = Tile(64, 32, 32, 8, 2)
 """The largest that compile without a spill and within an MI300's 64 KiB of shared memory (benchmarks.triton_aot)."""
 
 FIRST_LATENTS = 2048  # of the stage that sets the first threshold
@@ -161,7 +162,7 @@ def topk_gradients(
 def apply_update(
     weights: Weights, gradients: Weights, optimizer: OptimizerState, update: UpdateSpec
 ) -> Float[Tensor, ""]:
-    """As `reference.apply_update`, one visit a row; clipping needs the norm first, and so a second look at gradients."""
+    """As `reference.apply_update`, one visit a row; clipping needs the norm first, so a second look at gradients."""
     for written in (weights, optimizer.first, optimizer.second, optimizer.average):
         if written is not None:
             _check_writable(written)
@@ -229,7 +230,7 @@ def _prefiltered(
     indices = torch.empty(len(centred_BD), k, dtype=torch.int64, device=centred_BD.device)
     values = torch.empty(len(centred_BD), k, device=centred_BD.device)
     saturated = torch.empty(len(centred_BD), dtype=torch.bool, device=centred_BD.device)
-    for rows in _row_chunks(len(centred_BD), n_latents, k, TILES[precision]):
+    for rows in _row_chunks(len(centred_BD), n_latents, k, tile_for(precision, centred_BD.shape[1])):
         pool, saturated[rows] = _candidates(_Low(*(t[rows] for t in x)), encoder, weights.latent_bias, k, precision)
         scores = _dots(centred_BD[rows], weights.encoder, pool, weights.latent_bias)
         indices[rows], values[rows] = _from_keys(_keys(scores, pool).topk(k).values)
@@ -261,8 +262,8 @@ def _sweep(
     x: _Low, encoder: _Low, bias: Tensor, threshold: Tensor, k: int, precision: str, first: int, last: int
 ) -> tuple[_Candidates, Bool[Tensor, " rows"]]:
     """The latents of [first, last) whose upper bound reaches the threshold; which rows had more than their buffers."""
-    tile = TILES[precision]
     n_rows, d_model = x.rows.shape
+    tile = tile_for(precision, d_model)
     split_latents, capacity = _buffers(last - first, k, tile.latents, keep_all=first == 0)
     n_splits = triton.cdiv(last - first, split_latents)
     value = torch.empty(n_rows, n_splits, capacity, device=bias.device)
@@ -358,6 +359,11 @@ def _low_dtype(precision: str) -> torch.dtype:
     if torch.version.hip and "gfx94" in torch.cuda.get_device_properties().gcnArchName:
         return torch.float8_e4m3fnuz
     return torch.float8_e4m3fn
+
+
+def tile_for(precision: str, d_model: int) -> Tile:
+    """The sweep's tile; a smaller one where 16 does not divide d_model, as unaligned rows take more registers to load."""
+    return TILES[precision] if d_model % 16 == 0 else UNALIGNED_TILE
 
 
 def _stages(n_latents: int, k: int) -> Iterator[tuple[int, int]]:
@@ -601,7 +607,7 @@ def _check_writable(weights: Weights) -> None:
 def _check_kind(name: str, t: Tensor) -> None:
     if t.dtype != torch.float32 or not (t.is_cuda or INTERPRETED):
         raise ValueError(
-            f"{name} is {t.dtype} on {t.device}; impl=triton takes float32 on CUDA or ROCm: convert it or use impl=torch"
+            f"{name} is {t.dtype} on {t.device}; impl=triton takes float32 on CUDA or ROCm: convert it, or impl=torch"
         )
 
 
