@@ -161,19 +161,19 @@ def _train_lines(rows: list[dict[str, Any]], options: argparse.Namespace) -> lis
 
 def _step_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| | ms a step (least – most) | tokens/s | peak MiB | × fastest peer | floor, share | recall |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| | ms a step (least – most) | CPU ms | tokens/s | peak MiB | × fastest peer | floor, share | recall |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         if row["status"] != "ok":
-            lines.append(f"| {row['impl']} | failed | | | | | |")
+            lines.append(f"| {row['impl']} | failed | | | | | | |")
             continue
         share = row["fraction_of_floor"]
         floor = "" if share is None else f"{row['floor_ms']:.0f} ms, {share:.0%}"
         recall = "" if row["recall"] is None else f"{row['recall']:.5f}"
         lines.append(
             f"| {row['impl']} | {row['ms_median']:.0f} ({row['ms_min']:.0f} – {row['ms_max']:.0f}) |"
-            f" {row['tokens_per_s']:,.0f} | {row['peak_rss_mib']:,.0f} | {_speedup(row)} |"
+            f" {row['cpu_ms_median']:.0f} | {row['tokens_per_s']:,.0f} | {row['peak_rss_mib']:,.0f} | {_speedup(row)} |"
             f" {floor} | {recall} |"
         )
     groups = dict.fromkeys(row["fastest_peer"] for row in rows if row["fastest_peer"])
@@ -283,19 +283,17 @@ def _harvest_lines(rows: list[dict[str, Any]], options: argparse.Namespace) -> l
         f"{options.steps} timed chunks each after warm-up, interleaved. × is the fastest peer's time over the row's.",
         "",
     ]
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        here = [row for row in rows if row["dtype"] == dtype]
-        lines += [f"## {dtype}", "", "| | ms a chunk (least – most) | tokens/s | peak MiB | × fastest peer |"]
-        lines += ["|---|---:|---:|---:|---:|"]
-        for row in here:
-            if row["status"] != "ok":
-                lines.append(f"| {row['impl']} | failed | | | |")
-                continue
-            lines.append(
-                f"| {row['impl']} | {row['ms_median']:.0f} ({row['ms_min']:.0f} – {row['ms_max']:.0f}) |"
-                f" {row['tokens_per_s']:,.0f} | {row['peak_rss_mib']:,.0f} | {_speedup(row)} |"
-            )
-        lines += ["", *_ratio_table(here), *_failures(here)]
+    lines += ["| | ms a chunk (least – most) | CPU ms | tokens/s | peak MiB | × fastest peer |"]
+    lines += ["|---|---:|---:|---:|---:|---:|"]
+    for row in rows:
+        if row["status"] != "ok":
+            lines.append(f"| {row['impl']} | failed | | | | |")
+            continue
+        lines.append(
+            f"| {row['impl']} | {row['ms_median']:.0f} ({row['ms_min']:.0f} – {row['ms_max']:.0f}) |"
+            f" {row['cpu_ms_median']:.0f} | {row['tokens_per_s']:,.0f} | {row['peak_rss_mib']:,.0f} | {_speedup(row)} |"
+        )
+    lines += ["", *_ratio_table(rows), *_failures(rows)]
     return [*lines, "## What is timed", "", *(f"- **{name}** {about}" for name, about in ABOUT.items())]
 
 

@@ -95,10 +95,12 @@ def bytes_in(folder: Path) -> dict[str, bytes]:
 
 
 def started(*argv: Any, **options: Any) -> subprocess.Popen[str]:
+    """`python -m monosem` with these arguments, that hears SIGINT even where the tests run in the background."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "monosem", *map(str, argv)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **{**pipes, **options})
+    hear = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    return subprocess.Popen(command, env=environment, **{**pipes, **hear, **options})
 
 
 # The command and its flags

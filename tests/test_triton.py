@@ -87,8 +87,9 @@ def test_triton_that_is_not_installed_is_refused_in_one_line(monkeypatch: pytest
     assert "\n" not in str(caught.value)
 
 
-def test_auto_is_triton_on_cuda_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernels.select("auto", torch.device("cuda"))[0] == "triton"
+def test_triton_is_taken_on_cuda_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.select("auto", torch.device("cuda"))[0] == "torch"
+    assert kernels.select("triton", torch.device("cuda"))[0] == "triton"
     assert kernels.select("auto", torch.device("mps"))[0] == "torch"
     monkeypatch.setattr(kernels, "triton_is_installed", lambda: False)
     assert kernels.select("auto", torch.device("cuda"))[0] == "torch"

@@ -27,14 +27,13 @@ _MODULES = {"reference": "reference", "torch": "torch_sparse", "native": "native
 
 
 def select(impl: str, device: torch.device) -> tuple[str, ModuleType]:
-    """The implementation's name and module; `auto` is native on a CPU where it was built, triton on CUDA and ROCm where
-    that is installed, else torch."""
+    """The implementation's name and module; `auto` is native on a CPU where it was built, else torch.
+
+    triton is only taken when asked for: its kernels agree with the definition in Triton's interpreter and compile for
+    CUDA and ROCm, but have not been launched on a GPU.
+    """
     if impl == "auto":
-        impl = "torch"
-        if device.type == "cpu" and native_is_built():
-            impl = "native"
-        elif device.type == "cuda" and triton_is_installed():
-            impl = "triton"
+        impl = "native" if device.type == "cpu" and native_is_built() else "torch"
         log.info("kernels: %s, chosen for %s", impl, device)
     if impl not in _MODULES:
         raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(_MODULES)}")

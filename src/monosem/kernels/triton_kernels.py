@@ -151,7 +151,7 @@ def sweep_kernel(
         slack = x_rounding[:, None] * norm[None, :] + x_norm[:, None] * rounding[None, :]
         slack += bias_slack[None, :]
         value = product + bias[None, :]
-        keep = (value + slack >= threshold[:, None]) & is_latent[None, :]
+        keep = (value + slack >= threshold[:, None]) & is_latent[None, :] & is_row[:, None]  # inf >= inf is true
         kept = keep.to(tl.int32)
         n_kept = tl.sum(kept, 1)
         if tl.max(n_kept, 0) > 0:

@@ -362,7 +362,7 @@ def _low_dtype(precision: str) -> torch.dtype:
 
 
 def tile_for(precision: str, d_model: int) -> Tile:
-    """The sweep's tile; a smaller one where 16 does not divide d_model, as unaligned rows take more registers to load."""
+    """The sweep's tile; smaller where 16 does not divide d_model: unaligned rows take more registers to load."""
     return TILES[precision] if d_model % 16 == 0 else UNALIGNED_TILE
 
 
