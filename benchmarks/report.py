@@ -21,7 +21,15 @@ from benchmarks.workers import ROOT
 
 MEASURED = (
     *("ms_median", "ms_min", "ms_max", "tokens_per_s", "peak_rss_mib"),
-    *("speedup_vs_fastest_peer", "speedup_min", "speedup_max", "recall", "floor_ms", "fraction_of_floor"),
+    *(
+        "speedup_vs_fastest_peer",
+        "speedup_min",
+        "speedup_max",
+        "recall",
+        "floor_ms",
+        "fraction_of_floor",
+        "cost_of_variant",
+    ),
     *("cpu_ms_median", "idle_cpu_ms_max", "loss_last", "parts_ms", "peak_words", "facts"),
 )
 """What is null in the row of an implementation that failed."""
@@ -200,9 +208,9 @@ def _variant_lines(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     for row in rows:
         base, _, variant = row["impl"].partition("+")
-        cost = _cost(rows, row["impl"], row["n_latents"], row["batch"])
-        if variant and cost is not None:
-            lines.append(f"- {base} {VARIANTS.get(variant, variant)}: {cost:+.0%} of a step")
+        if row["cost_of_variant"] is not None:
+            words = " and ".join(VARIANTS[part] for part in variant.split("+"))
+            lines.append(f"- {base} {words}: {row['cost_of_variant']:+.0%} of a step")
     return [*lines, ""] if lines else []
 
 
@@ -245,21 +253,13 @@ def _goal_value(rows: list[dict[str, Any]], impl: str, what: str) -> float | Non
     row = next(row for row in rows if row["impl"] == impl)
     if row["status"] != "ok":
         return None
-    if what == "cost":
-        return _cost(rows, impl, row["n_latents"], row["batch"])
-    keys = {"speedup": "speedup_vs_fastest_peer", "fraction": "fraction_of_floor", "memory": "peak_rss_mib"}
-    if what in keys or what == "recall":
-        return row.get(keys.get(what, what))
+    keys = {"speedup": "speedup_vs_fastest_peer", "fraction": "fraction_of_floor", "cost": "cost_of_variant"}
+    keys |= {"memory": "peak_rss_mib", "recall": "recall"}
+    if what in keys:
+        return row[keys[what]]
     peer = next((r for r in rows if r["impl"] == what and r["status"] == "ok"), None)
     mine, theirs = (r and r.get("speedup_vs_fastest_peer") for r in (row, peer))
     return mine / theirs if mine and theirs else None
-
-
-def _cost(rows: list[dict[str, Any]], impl: str, n_latents: int, batch: int) -> float | None:
-    """Share of a plain step that a variant adds."""
-    medians = {r["impl"]: r["ms_median"] for r in rows if (r["n_latents"], r["batch"]) == (n_latents, batch)}
-    plain, variant = medians.get(impl.partition("+")[0]), medians.get(impl)
-    return variant / plain - 1 if plain and variant else None
 
 
 def _about_lines(rows: list[dict[str, Any]]) -> list[str]:

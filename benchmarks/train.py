@@ -168,6 +168,7 @@ def rows_of(group: dict[str, Timed], shape: Shape) -> list[dict[str, Any]]:
         if not timed.reason:
             row.update(numbers(timed, group[anchor] if anchor else None, shape.batch))
             row.update(_fractions(name, timed, peaks, shape))
+            row["cost_of_variant"] = _cost(timed, group.get(name.partition("+")[0])) if "+" in name else None
             row["peak_words"] = group[PEAK].facts["words"] if peaks else None
         rows.append(row)
     return rows
@@ -207,6 +208,13 @@ def _fractions(name: str, timed: Timed, peaks: list[dict[str, float]], shape: Sh
         "floor_ms": statistics.median(floors),
         "fraction_of_floor": statistics.median(f / ms for f, ms in zip(floors, timed.ms(), strict=True)),
     }
+
+
+def _cost(variant: Timed, plain: Timed | None) -> float | None:
+    """Share of a plain step that a variant adds, round by round."""
+    if plain is None or plain.reason:
+        return None
+    return statistics.median(v / p for v, p in zip(variant.ms(), plain.ms(), strict=True)) - 1
 
 
 def _median_parts(replies: list[dict[str, Any]]) -> dict[str, float]:

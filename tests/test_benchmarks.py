@@ -139,6 +139,8 @@ def test_ratios_are_taken_round_by_round_against_the_fastest_peer() -> None:
     assert rows["torch"]["tokens_per_s"] == 64 / 0.020
     assert rows["torch"]["peak_rss_mib"] == 140
     assert rows["naive"]["speedup_vs_fastest_peer"] == 0.5
+    plain_and_variant = train.rows_of({"torch": timed(10, 20, 40), "torch+ema": timed(15, 22, 40)}, shape)
+    assert plain_and_variant[1]["cost_of_variant"] == pytest.approx(0.1)
 
 
 def test_fractions_of_the_floor_use_the_peak_of_the_same_round_and_precision() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_bounds_hold_what_the_sweep_computes(precision: str) -> None:
     low, encoder = kernel._lowered(x, precision), kernel._lowered(w.encoder, precision)
     threshold = torch.full((6,), -torch.inf)
     found, overflowed = kernel._sweep(low, encoder, w.latent_bias, threshold, 3, precision, 0, 16)
-    truth = (x.double() @ w.encoder.double().T + w.latent_bias).gather(1, found.index.long())
+    truth = (x.double() @ w.encoder.double().T + w.latent_bias).gather(1, found.latent.long())
     inside = found.upper > -torch.inf
     assert inside.sum() == 6 * 16 and not overflowed.any()
     assert (found.lower <= truth)[inside].all() and (truth <= found.upper)[inside].all()
@@ -98,8 +99,14 @@ def test_rows_with_more_candidates_than_fit_are_scored_exhaustively(
 ) -> None:
     x, w = whole_numbers(120, 6, 4)
     w = w._replace(encoder=w.encoder[:1].repeat(120, 1), latent_bias=torch.full((120,), bias))
-    seen, exhaustive = [], kernel._exhaustive
-    monkeypatch.setattr(kernel, "_exhaustive", lambda *a: seen.append(len(a[0])) or exhaustive(*a))
+    seen: list[int] = []
+    exhaustive = kernel._exhaustive
+
+    def counted(x: torch.Tensor, *rest: Any) -> Any:
+        seen.append(len(x))
+        return exhaustive(x, *rest)
+
+    monkeypatch.setattr(kernel, "_exhaustive", counted)
     assert_encodes_as_the_reference(x, w, 3, "bf16")
     assert sum(seen) > 0
 

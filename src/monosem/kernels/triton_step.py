@@ -204,7 +204,7 @@ class _Candidates(NamedTuple):
 
     upper: Float[Tensor, "rows slots"]
     lower: Float[Tensor, "rows slots"]
-    index: Int[Tensor, "rows slots"]
+    latent: Int[Tensor, "rows slots"]
 
 
 def _encode(centred_BD: Tensor, weights: Weights, k: int, precision: str) -> SparseLatents:
@@ -255,7 +255,7 @@ def _candidates(
         saturated |= overflowed | ((pool.upper >= threshold[:, None]).sum(1) > width)
         top = pool.upper.topk(min(width, pool.upper.shape[1])).indices
         pool = _Candidates(*(t.gather(1, top) for t in pool))
-    return torch.where(pool.upper >= threshold[:, None], pool.index, -1), saturated
+    return torch.where(pool.upper >= threshold[:, None], pool.latent, -1), saturated
 
 
 def _sweep(
