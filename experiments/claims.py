@@ -41,7 +41,7 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
     "topk": [{"n_latents": 2048, "lr": lr} for lr in LRS],
     "relu": [
         {"n_latents": 2048, "activation": "relu", "lr": lr, "l1_coef": l1_coef, "l1_warmup_steps": 200}
-        for lr, l1_coefs in ((2e-3, L1_COEFS), (1e-3, L1_COEFS[2:4]), (4e-3, L1_COEFS[1:3]))
+        for lr, l1_coefs in ((2e-3, L1_COEFS), (1e-3, L1_COEFS[2:4]), (4e-3, L1_COEFS[1:3]), (8e-3, L1_COEFS[:3]))
         for l1_coef in l1_coefs
     ],
 }

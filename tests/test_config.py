@@ -102,7 +102,7 @@ def test_from_dict_refuses_any_missing_key(config: Any) -> None:
         ("tied_init", 1, "bool"),
         ("out", 3, "str"),
         ("activation", "gelu", "topk, relu"),
-        ("precision", "fp16", "fp32, bf16"),
+        ("precision", "fp16", "fp32, bf16, int8"),
         ("impl", None, "auto, reference, torch, native"),
     ],
 )
@@ -159,7 +159,7 @@ def test_harvest_config_says_what_is_wrong(changes: dict[str, Any], message: str
         ({"auxk_coef": float("nan")}, "auxk_coef is nan; it must be at least 0"),
         ({"activation": "gelu"}, "activation is 'gelu'; choose one of topk, relu"),
         ({"impl": "cuda"}, "impl is 'cuda'; choose one of auto, reference, torch, native"),
-        ({"precision": "int8"}, "precision is 'int8'; choose one of auto, fp32, bf16"),
+        ({"precision": "int4"}, "precision is 'int4'; choose one of auto, fp32, bf16, int8"),
         ({"k": 65, "n_latents": 64}, "k is 65 but there are only 64 latents; lower k or raise n_latents"),
         ({"l1_coef": 0.1}, "l1_coef has no effect with activation=topk"),
         ({"activation": "relu", "auxk": 8}, "auxk has no effect with activation=relu"),

@@ -194,3 +194,9 @@ def test_gradients_are_the_same_bits_every_time() -> None:
     for _ in range(3):
         again = torch_sparse.topk_gradients(x, weights, SPEC, dead).gradients
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_precision_that_torch_does_not_have_is_refused() -> None:
+    x, weights = make(3, 4, 8)
+    with pytest.raises(ValueError, match="int8 needs impl=native"):
+        torch_sparse.topk_encode(x, weights, 2, "int8")

@@ -82,7 +82,7 @@ class LossSpec:
     auxk_coef: float = 1 / 32
     l1_coef: float = 0.0
     precision: str = "auto"
-    """Precision of the product that selects latents ("auto", "fp32" or "bf16"); their values are fp32 either way."""
+    """Precision of the product that selects latents ("auto", "fp32", "bf16", "int8"); values are always fp32."""
 
 
 class OptimizerState(NamedTuple):

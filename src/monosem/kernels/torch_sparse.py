@@ -160,6 +160,10 @@ def _topk(centred_BD: Tensor, weights: Weights, k: int, precision: str) -> Spars
     """Top-k by pre-activation. With bf16 the product only selects: the chosen latents' values are fp32 dot products."""
     indices_BK = torch.empty(len(centred_BD), k, dtype=torch.int64, device=centred_BD.device)
     values_BK = torch.empty(len(centred_BD), k, dtype=centred_BD.dtype, device=centred_BD.device)
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(
+            f"precision is {precision!r}; the torch kernels have auto, fp32 and bf16 (int8 needs impl=native)"
+        )
     low = precision == "bf16"
     encoder = weights.encoder.bfloat16() if low else weights.encoder
     bias = weights.latent_bias.bfloat16() if low else weights.latent_bias
