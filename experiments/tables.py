@@ -30,6 +30,7 @@ def keep(run: Path) -> None:
     """Copy eval.json's numbers of `run`, and its seconds beside those of earlier runs of the same numbers."""
     report = json.loads((run / "eval.json").read_text())
     found = {name: report[name] for name in ("run", "metrics", "histograms", "config", "versions")}
+    found["run"].pop("store", None)  # a path of the machine it ran on
     path = RESULTS / "demo.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     same = before.get("metrics") == found["metrics"]
