@@ -34,7 +34,9 @@ def keep(run: Path) -> None:
     path = RESULTS / "demo.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     same = before.get("metrics") == found["metrics"]
-    seconds = [*(before["seconds"] if same else []), json.loads((run / "run.json").read_text())["seconds"]]
+    seconds = before["seconds"] if same else []
+    if (now := json.loads((run / "run.json").read_text())["seconds"]) not in seconds:
+        seconds = [*seconds, now]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"commit": commit, "date": datetime.date.today().isoformat(), "seconds": seconds}

@@ -72,7 +72,9 @@ def on_activations(
     options = {"n_resamples": n_resamples, "seed": seed}
     held_out = _tally(autoencoder, store, "held_out", store.n_blocks("held_out"), torch.device(device))
     metrics = reconstruction.metrics(held_out, **options)
-    return metrics + _training_metrics(autoencoder, store, torch.device(device), options), held_out
+    metrics += _training_metrics(autoencoder, store, torch.device(device), options)
+    side_by_side = ("normalized_mse", "normalized_mse_train")
+    return sorted(metrics, key=lambda metric: metric.name not in side_by_side), held_out
 
 
 def _report(
@@ -252,5 +254,6 @@ def _title(run: dict[str, Any]) -> str:
     site = f"layer {run['site']['layer']} {run['site']['location']}"
     parts = [run["subject"], site, f"{run['n_latents']:,} latents", sparsity]
     if "tokens_seen" in run:
-        parts.append(f"trained on {run['tokens_seen']:,} tokens ({run['distinct_tokens']:,} distinct)")
+        epochs = f"{run['tokens_seen'] / run['distinct_tokens']:.2f} epochs of {run['distinct_tokens']:,}"
+        parts.append(f"trained on {run['tokens_seen']:,} tokens ({epochs} distinct)")
     return ", ".join(parts)
