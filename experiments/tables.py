@@ -21,6 +21,7 @@ from pathlib import Path
 
 RESULTS = Path("results/smollm2-135m-instruct-q4_1")
 PAGES = (Path("README.md"), Path("docs/reproduce.md"))
+BENCHMARK = Path("benchmarks/results/train-cpu.csv")
 STAGES = ("fetch", "harvest", "train", "evaluate", "total")
 
 Row = dict[str, str]
@@ -67,6 +68,21 @@ def seconds() -> str:
     rows = [[f"run {i + 1}", *(f"{run[s]:.0f}" for s in STAGES)] for i, run in enumerate(runs)]
     rows.append(["median", *(f"{statistics.median(run[s] for run in runs):.0f}" for s in STAGES)])
     return markdown(["", *STAGES], rows)
+
+
+def speed() -> str:
+    """A training step beside other libraries': times as fast as the fastest of them, at each size."""
+    with open(BENCHMARK, newline="") as file:
+        found = [row for row in csv.DictReader(file) if "+" not in row["impl"]]
+    sizes = list(dict.fromkeys((row["n_latents"], row["batch"]) for row in found))
+    cells: dict[str, dict[tuple[str, str], str]] = {}
+    for r in found:
+        name = r["impl"] + (" (fastest peer)" if r["impl"] == r["fastest_peer"] else "")
+        cell = r["status"] if r["status"] != "ok" else f"{float(r['ms_median']):.0f} ms, "
+        cell += "" if r["status"] != "ok" else f"{float(r['speedup_vs_fastest_peer']):.2g} ×"
+        cells.setdefault(name, {}).setdefault((r["n_latents"], r["batch"]), cell)
+    head = ["", *(f"n_latents {int(n):,}, batch {int(batch):,}" for n, batch in sizes)]
+    return markdown(head, [[name, *(by_size[size] for size in sizes)] for name, by_size in cells.items()])
 
 
 def runs(group: str) -> list[Row]:
@@ -140,6 +156,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "seconds": seconds,
+    "speed": speed,
     "learning_rates": learning_rates,
     "dead": dead,
     "frontier": frontier,
