@@ -198,8 +198,8 @@ def test_evaluate_reports_every_number_with_n_and_interval(store: ActivationStor
     report = evaluate(made_run(tmp_path, store))
     assert set(report) == {"run", "metrics", "histograms"}
     assert list(report["metrics"]) == [
-        "normalized_mse", "explained_variance", "normalized_mse_raw", "l0", "cosine", "never_fired_fraction",
-        "dead_fraction", "normalized_mse_train",
+        "normalized_mse", "normalized_mse_train", "explained_variance", "normalized_mse_raw", "l0", "cosine",
+        "never_fired_fraction", "dead_fraction",
         "ce_original", "delta_ce", "kl", "delta_ce_mean_ablation", "kl_mean_ablation", "delta_ce_zero_ablation",
         "kl_zero_ablation", "top1_agreement", "loss_recovered_mean", "loss_recovered_zero",
     ]  # fmt: skip
