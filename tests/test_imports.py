@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("model",),
     ("step", "subject", "tokens"),
     ("checkpoint", "activations"),
-    ("stream",),
+    ("stream", "run_folder"),
     ("training", "evals"),
     ("main_job",),
     ("cli",),

@@ -20,6 +20,7 @@ from monosem.evals import downstream, reconstruction
 from monosem.evals.bootstrap import clusters_of
 from monosem.logs import progress
 from monosem.model import Autoencoder
+from monosem.run_folder import autoencoder_folder, check_subject, open_run
 from monosem.subject import Subject
 from monosem.types import Metric, resolve_device
 
@@ -38,12 +39,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     `ValueError` when there is no autoencoder, its store is missing or of another site or subject, or a number is not
     finite.
     """
-    folder = _autoencoder_folder(config.run)
+    autoencoder_folder(config.run)  # before the lock, which would make the folder
     with artifacts.folder_lock(config.run):
         device = resolve_device(config.device)
-        autoencoder = Autoencoder.load(folder, device)
-        store = ActivationStore.open(_store_path(config, autoencoder))
-        _check_store(store, autoencoder)
+        folder, autoencoder, store = open_run(config.run, config.store, device)
         settings = {name: value for name, value in to_dict(config).items() if name not in _MAY_CHANGE}
         sources = {"autoencoder": artifacts.sha256_file(folder / "config.json"), "store": store.hash}
         path = Path(config.run) / "eval.json"
@@ -117,7 +116,7 @@ def _downstream(
     """The metrics, and the tokens that the subject read and the sink positions left out of them."""
     site = store.site
     subject = Subject.load(site.model, revision=site.revision, dtype="float32", device=config.device)
-    _check_subject(subject, store)
+    check_subject(subject, store)
     if not subject.has_logits:
         log.info("downstream numbers are left out: %s is an encoder and predicts no next token", subject.name)
         return [], {"n_tokens_downstream": 0, "n_first_positions_left_out": 0}
@@ -149,78 +148,6 @@ def _tally(
     clusters = clusters_of(store.contexts(split).documents[:n_contexts]).repeat_interleave(store.rows_per_context)
     shown = progress(range(n_blocks), f"reconstruct {split}", "tok", total=len(clusters), each=store.block_rows)
     return reconstruction.tally(autoencoder, (store.block(split, index) for index in shown), clusters, device)
-
-
-def _autoencoder_folder(run: str) -> Path:
-    if not run:
-        raise ValueError("run is empty; give a run folder (monosem train --out RUN)")
-    for folder in (Path(run) / "autoencoder", Path(run)):
-        if (folder / "config.json").exists():
-            return folder
-    raise ValueError(f"{run} holds no autoencoder; give the folder of a finished run (monosem train --out RUN)")
-
-
-def _store_path(config: EvalConfig, autoencoder: Autoencoder) -> Path:
-    """The store asked for, or the one trained on: where it was then, or beside the autoencoder."""
-    if config.store is not None:
-        return Path(config.store)
-    trained_on = autoencoder.provenance.get("store")
-    for path in (Path(p) for p in (trained_on, Path(config.run) / "store") if p is not None):
-        if (path / "manifest.json").exists():
-            return path
-    reason = "it does not say which it was trained on" if trained_on is None else f"{trained_on} is gone"
-    raise ValueError(f"no store to evaluate {config.run} on ({reason}); give one of the same site with --store")
-
-
-def _check_store(store: ActivationStore, autoencoder: Autoencoder) -> None:
-    """`ValueError` unless the store is of the autoencoder's site and subject."""
-    provenance, d_model = autoencoder.provenance, autoencoder.config.d_model
-    if store.width != d_model:
-        raise ValueError(f"{store.path} has activations of width {store.width}; this autoencoder reads width {d_model}")
-    site = provenance.get("site")
-    if site is not None and (site["layer"], site["location"]) != (store.site.layer, store.site.location):
-        trained_on = f"layer {site['layer']} {site['location']}"
-        raise ValueError(f"{store.path} is of {store.site}; this autoencoder reads {trained_on}: harvest that site")
-    for source in ("subject", "tokenizer"):
-        trained, found = provenance.get("sources", {}).get(source), store.manifest["sources"][source]
-        if trained not in (None, found):
-            raise ValueError(
-                f"{store.path} was made with another {source} (sha256 {found[:12]}) than this autoencoder's "
-                f"({trained[:12]}); harvest a store with the same model"
-            )
-    _check_unseen(store, provenance)
-
-
-def _check_unseen(store: ActivationStore, provenance: dict[str, Any]) -> None:
-    """`ValueError` when held-out documents of the store may be ones that the autoencoder was trained on.
-
-    A document is held out below a fraction of all hashes, so what a smaller fraction holds out was held out in
-    training too.
-    """
-    trained, found = provenance.get("harvest", {}).get("held_out_fraction"), store.config["held_out_fraction"]
-    if trained is None or found <= trained:
-        return
-    if provenance["sources"]["corpus"] == store.manifest["sources"]["corpus"]:
-        raise ValueError(
-            f"{store.path} holds out {found:g} of the corpus that this autoencoder was trained on, but training held "
-            f"out {trained:g}: some of it was trained on; harvest with held_out_fraction {trained:g} or less"
-        )
-    log.warning(
-        "%s holds out %g of its corpus, training held out %g: a document of both corpora may have been trained on",
-        store.path,
-        found,
-        trained,
-    )
-
-
-def _check_subject(subject: Subject, store: ActivationStore) -> None:
-    """`ValueError` unless the model that loads under the store's name is still the one it was made with."""
-    for source, found, differ in (
-        ("tokenizer", subject.tokenizer_hash, f"the tokenizer of {subject.name} is not the one"),
-        ("subject", subject.hash, f"the weights of {subject.name} are not those"),
-    ):
-        if found != store.manifest["sources"][source]:
-            raise ValueError(f"{differ} that {store.path} was made with; restore the model or harvest the store again")
 
 
 def _finished(path: Path, settings: dict[str, Any], sources: dict[str, str]) -> dict[str, Any] | None:
