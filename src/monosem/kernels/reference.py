@@ -28,8 +28,16 @@ def topk_encode(x_BD: Float[Tensor, "batch d_model"], weights: Weights, k: int) 
 
 
 def relu_encode(x_BD: Float[Tensor, "batch d_model"], weights: Weights) -> SparseLatents:
-    """Every positive pre-activation; k is the largest number of them on one token of the batch."""
-    values_BN = pre_activations(x_BD, weights).relu()
+    """Every positive pre-activation."""
+    return threshold_encode(x_BD, weights, torch.zeros_like(weights.latent_bias))
+
+
+def threshold_encode(
+    x_BD: Float[Tensor, "batch d_model"], weights: Weights, threshold_N: Float[Tensor, " n_latents"]
+) -> SparseLatents:
+    """Every pre-activation above max(threshold, 0), by falling value; k is the most of them on one token."""
+    pre_BN = pre_activations(x_BD, weights)
+    values_BN = torch.where(pre_BN > threshold_N.clamp(min=0), pre_BN, 0)
     n_active = int((values_BN > 0).sum(1).max()) if len(x_BD) else 0
     values, indices = values_BN.sort(dim=1, descending=True, stable=True)
     return SparseLatents(indices[:, :n_active], values[:, :n_active], len(weights.latent_bias))
@@ -43,7 +51,30 @@ def decode(latents: SparseLatents, weights: Weights) -> Float[Tensor, "batch d_m
 def dense(latents: SparseLatents) -> Float[Tensor, "batch n_latents"]:
     """The latents as a full matrix."""
     z_BN = latents.values.new_zeros(len(latents.values), latents.n_latents)
-    return z_BN.scatter_add(1, latents.indices, latents.values)
+    return z_BN.scatter_add(1, latents.indices.masked_fill(latents.values == 0, 0), latents.values)
+
+
+def sparse_gradients(
+    x_BD: Float[Tensor, "batch d_model"],
+    weights: Weights,
+    latents: SparseLatents,
+    d_recons_BD: Float[Tensor, "batch d_model"],
+    d_active: float = 0.0,
+) -> Weights:
+    """Gradients of a loss of recons = decode(latents), whose gradient by recons is `d_recons_BD`.
+
+    `latents` are pre-activations of `x_BD`, some of them set to 0; whatever chose them is held constant. `d_active` is
+    added to the gradient of every active value: l1_coef / B for l1_coef * mean_b ||z||_1.
+    """
+    z_BN = dense(latents)
+    d_pre_BN = torch.where(z_BN > 0, d_recons_BD @ weights.decoder.T + d_active, 0)
+    d_bias_N = d_pre_BN.sum(0)
+    return Weights(
+        encoder=d_pre_BN.T @ (x_BD - weights.pre_bias),
+        latent_bias=d_bias_N,
+        decoder=z_BN.T @ d_recons_BD,
+        pre_bias=d_recons_BD.sum(0) - d_bias_N @ weights.encoder,
+    )
 
 
 def topk_gradients(

@@ -29,10 +29,19 @@ def topk_encode(
 
 def relu_encode(x_BD: Float[Tensor, "batch d_model"], weights: Weights) -> SparseLatents:
     """As `reference.relu_encode`."""
+    return threshold_encode(x_BD, weights, torch.zeros_like(weights.latent_bias))
+
+
+def threshold_encode(
+    x_BD: Float[Tensor, "batch d_model"], weights: Weights, threshold_N: Float[Tensor, " n_latents"]
+) -> SparseLatents:
+    """As `reference.threshold_encode`."""
+    threshold_N = threshold_N.clamp(min=0)
     centred_BD = x_BD - weights.pre_bias
     chunks = []
     for rows in _row_chunks(len(x_BD), len(weights.encoder), x_BD.device):
-        values_CN = torch.addmm(weights.latent_bias, centred_BD[rows], weights.encoder.T).relu_()
+        values_CN = torch.addmm(weights.latent_bias, centred_BD[rows], weights.encoder.T)
+        values_CN.masked_fill_(values_CN <= threshold_N, 0)
         n_active = int((values_CN > 0).sum(1).max())
         chunks.append(values_CN.topk(n_active, dim=1))
     width = max((c.values.shape[1] for c in chunks), default=0)
@@ -55,30 +64,12 @@ def decode(latents: SparseLatents, weights: Weights) -> Float[Tensor, "batch d_m
 def topk_gradients(
     x_BD: Float[Tensor, "batch d_model"], weights: Weights, spec: LossSpec, dead_N: Bool[Tensor, " n_latents"]
 ) -> StepGradients:
-    """As `reference.topk_gradients`, with the gradients written out by hand.
-
-    d_recons = 2 mse_scale (recons - x) / (B D); d_value = d_recons . decoder[latent] where value > 0;
-    decoder[i] gathers value * d_recons, encoder[i] gathers d_value * (x - pre_bias), over the tokens where i is active.
-    """
+    """As `reference.topk_gradients`, with d_recons = 2 mse_scale (recons - x) / (B D)."""
     centred_BD = x_BD - weights.pre_bias
     latents = _topk(centred_BD, weights, spec.k, spec.precision)
     error_BD = x_BD - decode(latents, weights)
     mse = spec.mse_scale * error_BD.square().mean()
-    d_recons_BD = error_BD * (-2 * spec.mse_scale / x_BD.numel())
-    d_values_BK = _dot_with_latents(d_recons_BD, latents, weights.decoder)
-
-    order = latents.indices.flatten().sort(stable=True)
-    tokens = order.indices // spec.k
-    starts_N = torch.searchsorted(order.values, torch.arange(latents.n_latents, device=x_BD.device))
-    values = latents.values.flatten()[order.indices]
-    d_values = d_values_BK.flatten()[order.indices]
-    gradients = Weights(
-        encoder=_segment_sums(tokens, starts_N, d_values, centred_BD),
-        latent_bias=_segment_sums(tokens, starts_N, d_values, x_BD.new_ones(len(x_BD), 1)).squeeze(1),
-        decoder=_segment_sums(tokens, starts_N, values, d_recons_BD),
-        pre_bias=d_recons_BD.sum(0),
-    )
-    gradients.pre_bias.sub_(gradients.latent_bias @ weights.encoder)
+    gradients = sparse_gradients(x_BD, weights, latents, error_BD * (-2 * spec.mse_scale / x_BD.numel()))
 
     auxiliary, dropped = x_BD.new_zeros(()), torch.zeros((), dtype=torch.bool, device=x_BD.device)
     if spec.auxk:
@@ -95,6 +86,34 @@ def topk_gradients(
             minlength=latents.n_latents,
         ).long(),
         l0=(latents.values > 0).sum(1).to(x_BD.dtype).mean(),
+    )
+
+
+def sparse_gradients(
+    x_BD: Float[Tensor, "batch d_model"],
+    weights: Weights,
+    latents: SparseLatents,
+    d_recons_BD: Float[Tensor, "batch d_model"],
+    d_active: float = 0.0,
+) -> Weights:
+    """As `reference.sparse_gradients`, over the active (token, latent) pairs alone.
+
+    d_value = d_recons . decoder[latent] + d_active; decoder[i] gathers value * d_recons, encoder[i] gathers
+    d_value * (x - pre_bias), over the tokens where i is active.
+    """
+    tokens, slots = (latents.values > 0).nonzero(as_tuple=True)
+    order = latents.indices[tokens, slots].sort(stable=True)
+    tokens, slots = tokens[order.indices], slots[order.indices]
+    starts_N = torch.searchsorted(order.values, torch.arange(latents.n_latents, device=x_BD.device))
+    d_values = torch.empty(len(tokens), dtype=x_BD.dtype, device=x_BD.device)
+    for pairs in _row_chunks(len(tokens), x_BD.shape[1], x_BD.device):
+        d_values[pairs] = (d_recons_BD[tokens[pairs]] * weights.decoder[order.values[pairs]]).sum(1) + d_active
+    d_bias_N = _segment_sums(tokens, starts_N, d_values, x_BD.new_ones(len(x_BD), 1)).squeeze(1)
+    return Weights(
+        encoder=_segment_sums(tokens, starts_N, d_values, x_BD - weights.pre_bias),
+        latent_bias=d_bias_N,
+        decoder=_segment_sums(tokens, starts_N, latents.values[tokens, slots], d_recons_BD),
+        pre_bias=d_recons_BD.sum(0) - d_bias_N @ weights.encoder,
     )
 
 
@@ -174,11 +193,6 @@ def _topk(centred_BD: Tensor, weights: Weights, k: int, precision: str) -> Spars
     if low:
         values_BK = _gathered_dots(centred_BD, indices_BK, weights.encoder) + weights.latent_bias[indices_BK]
     return latents._replace(values=values_BK.relu_())
-
-
-def _dot_with_latents(g_BD: Tensor, latents: SparseLatents, matrix_ND: Tensor) -> Tensor:
-    """g_b . matrix[i] for each active latent i of token b; 0 where the ReLU is off."""
-    return _gathered_dots(g_BD, latents.indices, matrix_ND).masked_fill_(latents.values == 0, 0)
 
 
 def _gathered_dots(g_BD: Tensor, indices_BK: Tensor, matrix_ND: Tensor) -> Tensor:

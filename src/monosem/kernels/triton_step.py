@@ -35,10 +35,19 @@ from monosem import losses
 from monosem.kernels import torch_sparse
 from monosem.kernels import triton_kernels as kernels
 from monosem.kernels.reference import BETA1, BETA2, EPSILON
-from monosem.kernels.torch_sparse import relu_encode, relu_gradients
+from monosem.kernels.torch_sparse import relu_encode, relu_gradients, sparse_gradients, threshold_encode
 from monosem.types import FIRED_THRESHOLD, LossSpec, OptimizerState, SparseLatents, StepGradients, UpdateSpec, Weights
 
-__all__ = ["apply_update", "decode", "relu_encode", "relu_gradients", "topk_encode", "topk_gradients"]
+__all__ = [
+    "apply_update",
+    "decode",
+    "relu_encode",
+    "relu_gradients",
+    "sparse_gradients",
+    "threshold_encode",
+    "topk_encode",
+    "topk_gradients",
+]
 
 INTERPRETED = not isinstance(kernels.sweep_kernel, triton.JITFunction)
 """TRITON_INTERPRET=1 was set: kernels run as Python, on tensors of the CPU."""
