@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from monosem.kernels import reference, torch_sparse
 from monosem.types import LossSpec, OptimizerState, SparseLatents, StepGradients, UpdateSpec, Weights
 
-SPEC = LossSpec(k=5, mse_scale=0.7, auxk=8, auxk_coef=0.25, l1_coef=0.3)
+SPEC = LossSpec(k=5, mse_scale=0.7, auxk=8, auxk_coef=0.25, sparsity_coef=0.3)
 # tokens, d_model, n_latents, k, auxk, share of dead latents
 SHAPES = [
     (1, 1, 1, 1, 1, 0.0),

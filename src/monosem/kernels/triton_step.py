@@ -464,7 +464,7 @@ def _add_auxk_gradients(
     """
     dead = dead_N.nonzero().squeeze(1)
     if len(dead) <= AUXK_DENSE_RATIO * spec.auxk:
-        return torch_sparse._add_auxk_gradients(gradients, centred_BD, error_BD, weights, spec, dead_N)
+        return torch_sparse.add_auxk_gradients(gradients, centred_BD, error_BD, weights, spec, dead_N)
     small = Weights(weights.encoder[dead], weights.latent_bias[dead], weights.decoder[dead], weights.pre_bias)
     latents = _encode(centred_BD, small, min(spec.auxk, len(dead)), precision)
     residual_BD = _decode(latents, small.decoder, None) - error_BD
