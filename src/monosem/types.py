@@ -89,6 +89,8 @@ class StepGradients(NamedTuple):
     """Gradients of the extras that are trained."""
     buffers: Extras = {}  # noqa: RUF012
     """New values of the extras that are not."""
+    stats: dict[str, float] | None = None
+    """How the kernels found the latents, for the log (docs/formats.md); None where they do not count."""
 
 
 @dataclass(frozen=True)
