@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "activations"),
     ("stream",),
     ("training", "evals"),
-    ("main_job",),
+    ("sweeps", "main_job"),
     ("cli",),
     ("__main__",),
 )

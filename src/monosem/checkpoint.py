@@ -53,6 +53,12 @@ def load_state(folder: str | Path, device: torch.device) -> tuple[TrainState, di
     return state, facts
 
 
+def saved_step(folder: str | Path) -> int:
+    """The step of the newest state, 0 when nothing was saved."""
+    path = Path(folder) / "latest.json"
+    return artifacts.read_manifest(path, "training-state")["step"] if path.exists() else 0
+
+
 def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
     parts = {"weights": state.weights, **{k: v for k, v in state.optimizer._asdict().items() if v is not None}}
     tensors = {f"{part}.{name}": w for part, weights in parts.items() for name, w in weights._asdict().items()}
