@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "activations"),
     ("stream", "run_folder"),
     ("training", "evals"),
-    ("main_job",),
+    ("sweeps", "main_job"),
     ("cli",),
     ("__main__",),
 )

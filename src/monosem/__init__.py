@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "HarvestConfig": "config",
     "TrainConfig": "config",
+    "SweepConfig": "config",
     "EvalConfig": "config",
     "RunConfig": "config",
     "Site": "types",
@@ -28,6 +29,7 @@ _HOMES = {
     "harvest": "activations",
     "Autoencoder": "model",
     "train": "training",
+    "sweep": "sweeps",
     "evaluate": "evals",
     "run": "main_job",
 }

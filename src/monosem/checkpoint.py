@@ -58,6 +58,12 @@ def load_state(folder: str | Path, device: torch.device) -> tuple[TrainState, di
     return state, facts
 
 
+def saved_step(folder: str | Path) -> int:
+    """The step of the newest state, 0 when nothing was saved."""
+    path = Path(folder) / "latest.json"
+    return artifacts.read_manifest(path, "training-state")["step"] if path.exists() else 0
+
+
 def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
     parts = {"weights": state.weights, **state.optimizer._asdict()}
     of_extras = {"weights": state.extras.values, **state.extras._asdict()}

@@ -27,6 +27,7 @@ _STAGES: dict[str, type] = {
     "run": config.RunConfig,
     "harvest": config.HarvestConfig,
     "train": config.TrainConfig,
+    "sweep": config.SweepConfig,
     "eval": config.EvalConfig,
 }
 _POSITIONAL = {"eval": "run"}
@@ -38,6 +39,7 @@ usage: monosem COMMAND [--config FILE.json] [flags]
   run       the main job in one folder: harvest, train, evaluate
   harvest   text -> tokens -> activations, kept in a store
   train     activations -> autoencoder
+  sweep     activations -> many autoencoders, on one stream
   eval RUN  autoencoder -> numbers on held-out text        (--json: one JSON object on stdout)
 
 `monosem COMMAND --help` lists the flags. --config gives their defaults; flags win.
@@ -121,6 +123,10 @@ def _stage(name: str, argv: list[str]) -> int:
 
         train(stage)
         print(f"autoencoder in {stage.out}/autoencoder; its numbers: monosem eval {stage.out}")
+    elif name == "sweep":
+        from monosem.sweeps import summary, sweep
+
+        print(f"{summary(sweep(stage))}\nthe runs: {stage.out}/runs.csv; where the time went: {stage.out}/sweep.json")
     else:
         _report(name, stage, as_json=ours.json)
     return 0

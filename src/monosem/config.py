@@ -118,6 +118,9 @@ class TrainConfig:
     the same latents at fp32 and bf16, auto is bf16 where the CPU has it, and int8 (native only, no proof but tested) is
     the fastest; the torch kernels take auto as fp32."""
     seed: int = 0
+    """Of the initial weights."""
+    data_seed: int = 0
+    """Order of the activations, and the sample that weights start from; runs that share it can share a stream."""
     device: str = "auto"
     impl: Impl = "auto"
     """Kernels of the step: auto, reference (dense, slow, the definition), torch, native, triton (CUDA and ROCm)."""
@@ -134,6 +137,7 @@ class TrainConfig:
         _one_of(self, "precision", Precision)
         self._check_activation()
         _check_seed(self.seed)
+        _check_seed(self.data_seed, "data_seed")
         if self.n_tokens < self.batch_size:
             raise ValueError(f"n_tokens is {self.n_tokens}, less than one batch of {self.batch_size}; raise n_tokens")
         if self.ema is not None and not 0 <= self.ema < 1:
@@ -166,6 +170,37 @@ class TrainConfig:
                 f"precision={self.precision} has no effect with activation={self.activation}, impl={self.impl} (fp32); "
                 "leave it auto"
             )
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Activations -> many autoencoders, on one stream (`monosem.sweep`); docs/sweep.md has examples."""
+
+    out: str
+    """Folder of the sweep: runs/NAME/ as `monosem train` leaves them, runs.csv, sweep.json."""
+    grid: str
+    """JSON file of TrainConfig's fields: {"base": {NAME: VALUE}, "grid": {NAME: [VALUES]}, "runs": [{NAME: VALUE}]}."""
+    store: str | None = None
+    """Activation store of the runs that name none."""
+    eval_every: int = 131_072
+    """Runs are measured after this many token-visits, twice as many, four times, ..., and at their end."""
+    eval_tokens: int = 65_536
+    """Held-out tokens to measure on, rounded up to whole blocks (fewer when the store has fewer)."""
+    n_bootstrap: int = 1000
+    """Resamples of documents behind each 95% interval."""
+    save_every_s: float = 600.0
+    """Seconds between saves of all runs' training states."""
+    hours: float | None = None
+    """Stop after this many hours, with everything saved; the same command goes on."""
+    waves: bool = False
+    """Where not all runs fit in memory, train as many at a time as do; each wave reads the stream again."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "eval_every", "eval_tokens")
+        _at_least(self, 20, "n_bootstrap")
+        _at_least(self, 0, "save_every_s")
+        if self.hours is not None and not self.hours > 0:
+            raise ValueError(f"hours is {self.hours}; give a positive number or leave it unset")
 
 
 @dataclass(frozen=True)
@@ -304,9 +339,9 @@ def _at_least(config: Any, low: float, *names: str) -> None:
             raise ValueError(f"{name} is {value}; it must be at least {low}")
 
 
-def _check_seed(seed: int) -> None:
+def _check_seed(seed: int, name: str = "seed") -> None:
     if not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}; give a whole number from 0 to 2^63 - 1")
+        raise ValueError(f"{name} is {seed}; give a whole number from 0 to 2^63 - 1")
 
 
 def _one_of(config: Any, name: str, choices: Any) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +46,26 @@ def end_progress() -> None:
     """Close the bars of loops that an error has left, so that what is printed next begins a line."""
     for bar in _open_bars:
         bar.close()
+
+
+class LiveTable:
+    """Lines on stderr, when progress is shown: on a terminal drawn over themselves, elsewhere now and then."""
+
+    def __init__(self) -> None:
+        self.drawn = 0
+        self.drawn_at = -math.inf
+
+    def draw(self, lines: Callable[[], list[str]], *, last: bool = False) -> None:
+        """Show `lines()` if a second (off a terminal, a minute) has passed since the last time, or at the `last`."""
+        terminal = sys.stderr.isatty()
+        if not _show or not (last or time.monotonic() - self.drawn_at > (1 if terminal else 60)):
+            return
+        columns, rows = shutil.get_terminal_size()
+        found = [line[: columns - 1] for line in lines()[: rows - 1]] if terminal else lines()
+        over = f"\x1b[{self.drawn}F\x1b[J" if terminal and self.drawn else ""
+        sys.stderr.write(over + "\n".join(found) + "\n")
+        sys.stderr.flush()
+        self.drawn, self.drawn_at = len(found), time.monotonic()
 
 
 class MetricsLog:

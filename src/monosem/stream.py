@@ -27,6 +27,9 @@ from monosem.types import Site
 WINDOW_BLOCKS = 16
 """Blocks whose rows are shuffled together: 64k rows at the default block."""
 
+PREFETCH_BATCHES = 8
+"""Batches that the reading thread works ahead."""
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -100,7 +103,7 @@ class ActivationStream:
         seed: int,
         *,
         window_blocks: int = WINDOW_BLOCKS,
-        prefetch_batches: int = 8,
+        prefetch_batches: int = PREFETCH_BATCHES,
     ) -> None:
         sizes = {"batch_size": batch_size, "window_blocks": window_blocks, "prefetch_batches": prefetch_batches}
         for name, value in sizes.items():
@@ -135,13 +138,22 @@ class ActivationStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batch that `state` was taken at; `ValueError` names what differs from this stream."""
+        self.check(state)
+        self.seek(int(state["n_batches"]))
+
+    def check(self, state: dict[str, Any]) -> None:
+        """`ValueError` naming what differs when `state` is a position in another stream."""
         identity = {name: value for name, value in state.items() if name != "n_batches"}
         if changed := changed_fields(identity, self._identity()):
             raise ValueError(
                 f"the saved position belongs to another stream ({'; '.join(changed)}); use the same store and config"
             )
-        self.close()
-        self.n_batches = int(state["n_batches"])
+
+    def seek(self, n_batches: int) -> None:
+        """Go on as if `n_batches` batches had been handed out."""
+        if n_batches != self.n_batches:
+            self.close()
+            self.n_batches = n_batches
 
     def close(self) -> None:
         """Stop the thread; the stream can be read on, from where it is."""

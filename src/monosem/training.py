@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from monosem import artifacts, kernels, losses, step, variants
@@ -41,6 +41,9 @@ SAMPLE_TOKENS = 32_768
 SELECTION_TOKENS = 16_384
 """Training tokens (in whole batches) on which raw and averaged weights are compared at the end."""
 
+_LOGGED_STATS = ("recall", "n_saturated")
+"""Of what kernels count, what metrics.jsonl keeps."""
+
 _MAY_CHANGE = ("out", "store", "device", "log_every_steps", "save_every_s")
 
 
@@ -57,21 +60,20 @@ def train(config: TrainConfig) -> Autoencoder:
     out = Path(config.out)
     with artifacts.folder_lock(out):
         store = ActivationStore.open(config.store)
-        if finished := _finished(out, config, store):
-            return finished
-        device = resolve_device(config.device)
-        impl, kernel = kernels.select(config.impl, device)
+        if is_finished(config, store):
+            log.info("%s is already trained with this config; skipped", out)
+            return Autoencoder.load(out / "autoencoder")
         source = StoreSource(store, "train")
         with (
-            ActivationStream(source, batch_size=config.batch_size, seed=config.seed) as stream,
-            _stop_on_interrupt() as interrupted,
+            ActivationStream(source, batch_size=config.batch_size, seed=config.data_seed) as stream,
+            stop_on_interrupt() as interrupted,
         ):
-            run = _Run(out, config, store, stream, device, impl)
+            supply = Supply(store, stream, resolve_device(config.device))
+            run = Run(config, supply)
+            stream.seek(run.state.step)
             saved_at = time.monotonic()
             for _ in run.remaining_steps():
-                x = _batch(stream, device)
-                out_of_step, norm = step.advance(run.state, x, run.recipe, kernel)
-                run.log_step(out_of_step, norm)
+                run.feed(supply.batch())
                 if interrupted.is_set() or time.monotonic() - saved_at > config.save_every_s:
                     run.save()
                     saved_at = time.monotonic()
@@ -79,40 +81,67 @@ def train(config: TrainConfig) -> Autoencoder:
                     raise KeyboardInterrupt(
                         f"stopped at step {run.state.step} of {run.recipe.n_steps}; run the same command to go on"
                     )
-            return run.release(kernel)
+            while run.released is None:
+                run.feed(supply.batch())
+            return run.released
 
 
-class _Run:
-    """What one training run carries from step to step, and how it is started, resumed, logged and released."""
+class Diverged(ValueError):
+    """A run whose loss is not finite. It would diverge again."""
 
-    def __init__(
-        self,
-        out: Path,
-        config: TrainConfig,
-        store: ActivationStore,
-        stream: ActivationStream,
-        device: torch.device,
-        impl: str,
-    ) -> None:
-        self.out, self.config, self.store = out, config, store
-        self.stream, self.device, self.impl = stream, device, impl
-        self.metrics = MetricsLog(out / "metrics.jsonl")
+
+class Supply:
+    """What all runs on one stream share: the store, the stream, the device, the sample that they start from."""
+
+    def __init__(self, store: ActivationStore, stream: ActivationStream, device: torch.device) -> None:
+        self.store, self.stream, self.device = store, stream, device
+
+    def batch(self) -> Float[Tensor, "batch d_model"]:
+        """The stream's next batch, normalised, on the device."""
+        return normalize(next(self.stream).to(self.device))[0]
+
+    @functools.cached_property
+    def sample(self) -> Float[Tensor, "n d_model"]:
+        """About SAMPLE_TOKENS normalised training tokens, from blocks spread over the source."""
+        source, generator = self.stream.source, torch.Generator().manual_seed(self.stream.seed)
+        n_blocks = min(source.n_blocks, -(-SAMPLE_TOKENS // source.block_rows))
+        chosen = torch.randperm(source.n_blocks, generator=generator)[:n_blocks].sort().values
+        return normalize(torch.cat([source.block(int(i)) for i in chosen])[:SAMPLE_TOKENS])[0]
+
+
+class Run:
+    """One training run: started or resumed in `config.out`, then fed the stream's batches from number `position` on.
+
+    It only looks at the stream's identity: whoever reads the stream may feed many runs. After its last step it takes
+    as many batches more as choose between raw and averaged weights, and releases the autoencoder.
+    """
+
+    def __init__(self, config: TrainConfig, supply: Supply) -> None:
+        self.out, self.config, self.supply = Path(config.out), config, supply
+        self.store, self.device = supply.store, supply.device
+        self.impl, self.kernel = kernels.select(config.impl, supply.device)
+        self.metrics = MetricsLog(self.out / "metrics.jsonl")
         self.started = time.monotonic()
         self.threads = torch.get_num_threads()
-        saved = load_state(out / "state", device)
+        self.released: Autoencoder | None = None
+        self.last_row: dict[str, Any] = {}
+        self._finite: Tensor | None = None
+        self._selection: list[Tensor] = []
+        saved = load_state(self.out / "state", self.device)
         if saved is None:
             self._start()
         else:
             self.state, facts = saved
             self.recipe = step.Recipe(**facts["recipe"])
-            self.elapsed_s = facts["elapsed_s"]
-            stream.load_state_dict(facts["stream"])
+            self.elapsed_s, self.work = facts["elapsed_s"], Work(**facts.get("work", {}))
+            supply.stream.check(facts["stream"])
             self._warn_if_bits_may_change(facts)
-            log.info("resuming %s at step %d of %d", out, self.state.step, self.recipe.n_steps)
+            log.info("resuming %s at step %d of %d", self.out, self.state.step, self.recipe.n_steps)
         self.metrics.rewind(self.state.step)
+        self.saved_step = self.state.step if saved else -1
 
     def _start(self) -> None:
-        sample = _sample(self.stream.source, self.config.seed)
+        sample = self.supply.sample
         scale = losses.mse_scale(sample)
         self.recipe = step.recipe(self.config, sample.shape[1], scale)
         c = self.config
@@ -121,7 +150,7 @@ class _Run:
         weights = Weights(*(w.to(self.device) for w in weights))
         extras = variants.initial_extras(c.activation, weights, options)
         self.state = step.TrainState.new(weights, extras, ema=self.recipe.ema > 0)
-        self.elapsed_s = 0.0
+        self.elapsed_s, self.work = 0.0, Work()
         log.info("training %d latents on %s; %s", self.config.n_latents, self.store.site, _one_line(self.recipe))
 
     def remaining_steps(self) -> Iterator[int]:
@@ -132,8 +161,41 @@ class _Run:
     def tokens_seen(self) -> int:
         return self.state.step * self.recipe.batch_size
 
-    def log_step(self, out: StepGradients, norm: Tensor) -> None:
-        """Append a row of this step alone every `log_every_steps`; `ValueError` when the loss is not finite."""
+    @property
+    def position(self) -> int:
+        """Number, in its stream, of the batch that is to be fed next."""
+        return self.state.step + len(self._selection)
+
+    def feed(self, x: Float[Tensor, "batch d_model"]) -> None:
+        """A step on batch `position`, or after the last step one batch of those that choose the weights.
+
+        `Diverged` when the loss of a logged step is not finite.
+        """
+        if self.state.step == self.recipe.n_steps:
+            self._selection.append(x)
+            if len(self._selection) == max(1, SELECTION_TOKENS // self.recipe.batch_size):
+                self._release()
+            return
+        dead = self.state.dead(self.recipe.dead_tokens_threshold).sum()
+        started = time.perf_counter()
+        out, norm = step.advance(self.state, x, self.recipe, self.kernel)
+        seconds = time.perf_counter() - started
+        self.work.count(len(x) * dead.clamp(max=self.recipe.auxk), out, seconds)
+        self._finite = torch.isfinite(out.mse) & torch.isfinite(norm).to(out.mse.device)
+        self._log_step(out, norm)
+        if self.state.step == self.recipe.n_steps:
+            self.save()
+
+    def raise_if_diverged(self) -> None:
+        """`Diverged` when the loss of the last step is not finite."""
+        if self._finite is not None and not self._finite:
+            raise Diverged(
+                f"the loss is not finite at step {self.state.step}: training diverged; "
+                f"lower lr (now {self.recipe.update_spec(self.state.step).lr:g}) or set clip_norm"
+            )
+
+    def _log_step(self, out: StepGradients, norm: Tensor) -> None:
+        """Append a row of this step alone every `log_every_steps`."""
         at, spec = self.state.step, self.recipe.update_spec(self.state.step)
         if at % self.config.log_every_steps and at != self.recipe.n_steps:
             return
@@ -149,44 +211,53 @@ class _Run:
             "lr": spec.lr,
             "dead_latents": int(self.state.dead(self.recipe.dead_tokens_threshold).sum()),
             "auxk_dropped_steps": int(self.state.n_auxk_dropped),
-            "elapsed_s": round(self.elapsed_s + time.monotonic() - self.started, 3),
+            **{name: out.stats[name] for name in _LOGGED_STATS if out.stats is not None},
+            "elapsed_s": round(self.seconds, 3),
         }
-        if not (torch.isfinite(out.mse) and torch.isfinite(norm)):
-            raise ValueError(
-                f"the loss is {row['mse']} at step {at}: training diverged; lower lr (now {spec.lr:g}) or set clip_norm"
-            )
+        self.raise_if_diverged()
         self.metrics.append(row)
+        self.last_row = row
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start, over all starts."""
+        return self.elapsed_s + time.monotonic() - self.started
 
     def save(self) -> None:
+        if self.saved_step == self.state.step:
+            return
         facts = {
             "recipe": dataclasses.asdict(self.recipe),
             "ema": self.recipe.ema > 0,
-            "stream": self.stream.state_dict(),
-            "elapsed_s": self.elapsed_s + time.monotonic() - self.started,
+            "stream": {**self.supply.stream.state_dict(), "n_batches": self.state.step},
+            "elapsed_s": self.seconds,
+            "work": self.work.to_dict(),
             "bits_depend_on": self._bits_depend_on(),
         }
         save_state(self.out / "state", self.state, facts)
+        self.saved_step = self.state.step
 
-    def release(self, kernel: ModuleType) -> Autoencoder:
-        """Save the final state, choose between raw and averaged weights, write `autoencoder/`."""
-        self.save()
-        chosen, nmse = self._better_weights(kernel)
+    def _release(self) -> None:
+        """Choose between raw and averaged weights, write `autoencoder/`."""
+        chosen, nmse = self.better_weights(torch.cat(self._selection))
         log.info("released weights: %s (NMSE on training tokens: %s)", chosen, nmse)
+        self.released = self.autoencoder(chosen, self._provenance(chosen, nmse))
+        self.released.save(self.out / "autoencoder")
+
+    def autoencoder(self, chosen: str, provenance: dict[str, Any] | None = None) -> Autoencoder:
+        """The autoencoder of the `raw` or `ema` weights as they are now, on the CPU."""
         weights, extras = self._candidates()[chosen]
         c = self.config
         settings = AutoencoderConfig(weights.encoder.shape[1], c.n_latents, c.k, c.activation)
         weights, extras = Weights(*(w.cpu() for w in weights)), {name: e.cpu() for name, e in extras.items()}
-        autoencoder = Autoencoder(settings, weights, self._provenance(chosen, nmse), extras)
-        autoencoder.save(self.out / "autoencoder")
-        return autoencoder
+        return Autoencoder(settings, weights, provenance, extras)
 
-    def _better_weights(self, kernel: ModuleType) -> tuple[str, dict[str, float]]:
-        n_batches = max(1, SELECTION_TOKENS // self.recipe.batch_size)
-        x = torch.cat([_batch(self.stream, self.device) for _ in range(n_batches)])
+    def better_weights(self, x: Float[Tensor, "n d_model"]) -> tuple[str, dict[str, float]]:
+        """Which of `raw` and `ema` has the lower NMSE on x, and the NMSEs."""
         nmse = {}
         for name, (weights, extras) in self._candidates().items():
-            latents = step.encode(x, weights, extras, self.recipe, kernel)
-            nmse[name] = losses.normalized_mse(kernel.decode(latents, weights), x)
+            latents = step.encode(x, weights, extras, self.recipe, self.kernel)
+            nmse[name] = losses.normalized_mse(self.kernel.decode(latents, weights), x)
         return min(nmse, key=lambda name: nmse[name]), nmse
 
     def _candidates(self) -> dict[str, tuple[Weights, Extras]]:
@@ -195,8 +266,12 @@ class _Run:
             found["ema"] = self.state.averaged_weights(self.recipe.ema), self.state.averaged_extras(self.recipe.ema)
         return found
 
-    def _provenance(self, chosen: str, nmse: dict[str, float]) -> dict[str, Any]:
+    def dead_latents(self) -> dict[str, int]:
+        """How many latents (raw weights) have not fired in the last DEAD_WINDOW_TOKENS, in whole batches."""
         window = min(self.tokens_seen, -(-step.DEAD_WINDOW_TOKENS // self.recipe.batch_size) * self.recipe.batch_size)
+        return {"count": int(self.state.dead(window).sum()), "window_tokens": window}
+
+    def _provenance(self, chosen: str, nmse: dict[str, float]) -> dict[str, Any]:
         n_rows = self.store.n_rows("train")
         return {
             "site": dataclasses.asdict(self.store.site),
@@ -209,7 +284,7 @@ class _Run:
             "tokens_seen": self.tokens_seen,
             "distinct_tokens": min(self.tokens_seen, n_rows),
             "epochs": self.tokens_seen / n_rows,
-            "dead_latents": {"count": int(self.state.dead(window).sum()), "window_tokens": window},
+            "dead_latents": self.dead_latents(),
             "auxk_dropped_steps": int(self.state.n_auxk_dropped),
             "weights": chosen,
             "selection_normalized_mse": nmse,
@@ -226,9 +301,39 @@ class _Run:
             log.warning("resuming with %s: results stay right but not bit-identical", ", ".join(changed))
 
 
-def _finished(out: Path, wanted: TrainConfig, store: ActivationStore) -> Autoencoder | None:
-    """The autoencoder if this very run is done, None if it is to be run; `ValueError` for another run's folder."""
-    settings = {k: v for k, v in to_dict(wanted).items() if k not in _MAY_CHANGE}
+class Work:
+    """What the steps of a run have cost so far, over all its starts."""
+
+    def __init__(self, kernel_s: float = 0.0, product_s: float | None = None, auxk_pairs: int = 0) -> None:
+        self.kernel_s = kernel_s
+        """Seconds in the step alone (on a GPU: until it was launched)."""
+        self.product_s = product_s
+        """Of these, seconds in the product that selects latents; None where the kernels do not say."""
+        self._auxk_pairs = torch.tensor(auxk_pairs)
+
+    @property
+    def auxk_pairs(self) -> int:
+        """(token, latent) pairs that modelled the error."""
+        return int(self._auxk_pairs)
+
+    def count(self, auxk_pairs: Int[Tensor, ""], out: StepGradients, seconds: float) -> None:
+        self.kernel_s += seconds
+        self._auxk_pairs = self._auxk_pairs.to(auxk_pairs.device) + auxk_pairs
+        if out.stats is not None:
+            self.product_s = (self.product_s or 0.0) + out.stats["product_s"]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kernel_s": self.kernel_s, "product_s": self.product_s, "auxk_pairs": self.auxk_pairs}
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """The fields that decide the result: all but where it lies and what is only watched."""
+    return {k: v for k, v in to_dict(config).items() if k not in _MAY_CHANGE}
+
+
+def is_finished(wanted: TrainConfig, store: ActivationStore) -> bool:
+    """Whether this very run has released its autoencoder; `ValueError` for another run's folder."""
+    out, settings = Path(wanted.out), identity(wanted)
     description = artifacts.manifest("training-run", settings, {"store": store.hash})
     path = out / "train.json"
     if not (path.exists() and any((out / name).exists() for name in ("metrics.jsonl", "state", "autoencoder"))):
@@ -239,21 +344,7 @@ def _finished(out: Path, wanted: TrainConfig, store: ActivationStore) -> Autoenc
         raise ValueError(f"{out} was trained on another store than {wanted.store}; {remedy}")
     if changed := changed_fields(found["config"], settings):
         raise ValueError(f"{out} holds a run with another config ({'; '.join(changed)}); {remedy}")
-    if not (out / "autoencoder" / "config.json").exists():
-        return None
-    log.info("%s is already trained with this config; skipped", out)
-    return Autoencoder.load(out / "autoencoder")
-
-
-def _sample(source: Any, seed: int) -> Float[Tensor, "n d_model"]:
-    """About SAMPLE_TOKENS normalised training tokens, from blocks spread over the source."""
-    n_blocks = min(source.n_blocks, -(-SAMPLE_TOKENS // source.block_rows))
-    chosen = torch.randperm(source.n_blocks, generator=torch.Generator().manual_seed(seed))[:n_blocks].sort().values
-    return normalize(torch.cat([source.block(int(i)) for i in chosen])[:SAMPLE_TOKENS])[0]
-
-
-def _batch(stream: ActivationStream, device: torch.device) -> Float[Tensor, "batch d_model"]:
-    return normalize(next(stream).to(device))[0]
+    return (out / "autoencoder" / "config.json").exists()
 
 
 def _one_line(recipe: step.Recipe) -> str:
@@ -263,7 +354,7 @@ def _one_line(recipe: step.Recipe) -> str:
 
 
 @contextlib.contextmanager
-def _stop_on_interrupt() -> Iterator[threading.Event]:
+def stop_on_interrupt() -> Iterator[threading.Event]:
     """Turn Ctrl-C into an event that is looked at between steps, so that a state is never saved half-changed."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():

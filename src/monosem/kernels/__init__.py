@@ -17,6 +17,7 @@ The result is a function of the arguments alone, bit for bit, on the same machin
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from types import ModuleType
@@ -36,7 +37,7 @@ def select(impl: str, device: torch.device) -> tuple[str, ModuleType]:
     """
     if impl == "auto":
         impl = "native" if device.type == "cpu" and native_is_built() else "torch"
-        log.info("kernels: %s, chosen for %s", impl, device)
+        _say_once(impl, str(device))
     if impl not in _MODULES:
         raise ValueError(f"impl is {impl!r}; choose one of auto, {', '.join(_MODULES)}")
     if impl == "native" and not native_is_built():
@@ -50,6 +51,11 @@ def select(impl: str, device: torch.device) -> tuple[str, ModuleType]:
     if impl == "triton" and device.type != "cuda":
         raise ValueError(f"impl=triton runs on CUDA and ROCm, not on {device}; use --device cuda or --impl torch")
     return impl, importlib.import_module(f"monosem.kernels.{_MODULES[impl]}")
+
+
+@functools.cache
+def _say_once(impl: str, device: str) -> None:
+    log.info("kernels: %s, chosen for %s", impl, device)
 
 
 def native_is_built() -> bool:
