@@ -236,7 +236,7 @@ def _harvest(config: HarvestConfig, out: Path) -> None:
 
 
 def _resumable_plan(out: Path, config: HarvestConfig, sources: dict[str, str]) -> dict[str, Any] | None:
-    """The plan of the harvest under way in `out`, which must be the same; what a killed process left is cleared away."""
+    """The plan of the harvest under way in `out`, which must be the same; a killed one's leftovers are cleared away."""
     plan = None
     if (out / "plan.json").exists() and any(out.rglob("shard-*")):  # a plan without a shard holds nothing yet
         plan = artifacts.read_manifest(out / "plan.json", PLAN_KIND)
@@ -248,7 +248,7 @@ def _resumable_plan(out: Path, config: HarvestConfig, sources: dict[str, str]) -
 
 
 def _choose_compiled(job: _Job, plan: dict[str, Any] | None, found: Contexts) -> bool:
-    """Whether to run the subject compiled: as the plan says, else where it pays and works. The log says what and why."""
+    """Whether to run the subject compiled: as the plan says, else where it pays and works; the log says why not."""
     if plan is not None:
         wanted = plan.get("compiled", False)  # plans before 2026-11-25 do not say: those harvests were plain
     else:
@@ -351,7 +351,8 @@ def _block_tensors(job: _Job, split: str, found: Contexts, block: int) -> dict[s
     """One forward pass: `captured` [contexts, ctx, width] in the store's dtype, and the contexts; all finite."""
     start = block * job.config.block_contexts
     here = slice(start, start + job.config.block_contexts)
-    captured = capture_block(job.subject, job.site, found.tokens[here], compiled=job.compiled).to(_DTYPES[job.config.dtype])
+    captured = capture_block(job.subject, job.site, found.tokens[here], compiled=job.compiled)
+    captured = captured.to(_DTYPES[job.config.dtype])
     if not torch.isfinite(captured).all():
         context, token = (~torch.isfinite(captured)).any(dim=2).nonzero()[0].tolist()
         document = found.document_hashes[int(found.documents[start + context, token])]
