@@ -33,13 +33,15 @@ class Job(NamedTuple):
 ABOUT = {
     "monosem": "`activations.LiveSource`, the forward pass of a harvest: leaves the model after the site. "
     "Its default is bf16.",
+    "monosem-compiled": "`activations.capture_block(compiled=True)`, the forward pass of a harvest of 2M activations "
+    "or more in bf16: the blocks before the site go through torch.compile, before the timed chunks (20 s, later 3 s).",
     "sae-lens": "`ActivationsStore.get_raw_llm_batch` on `AutoModelForCausalLM` and a tokenised dataset: leaves the "
     "model after the site, copies into fp32. Its default is the dtype of the checkpoint, fp32 here.",
     "sparsify": "The forward pass of `Trainer.fit`: `AutoModel` with a hook, all layers, no logits. Its default off "
     "CUDA is the dtype of the checkpoint, fp32 here.",
 }
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-OURS_HARVEST = tuple(f"monosem-{dtype}" for dtype in DTYPES)
+OURS_HARVEST = tuple(f"{library}-{dtype}" for library in ("monosem", "monosem-compiled") for dtype in DTYPES)
 NAMES = tuple(f"{library}-{dtype}" for library in ABOUT for dtype in DTYPES)
 
 
@@ -73,6 +75,16 @@ def harvest_ours(job: Job, dtype: str, batches: Batches) -> None:
     source = LiveSource(subject, subject.site(job.layer), found, block_contexts=job.contexts, keep_first_token=True)
     for i, _ in enumerate(batches):
         _note(batches, source.block(i % source.n_blocks))
+
+
+def harvest_compiled(job: Job, dtype: str, batches: Batches) -> None:
+    """The forward pass of a large harvest, chunk by chunk."""
+    from monosem.activations import capture_block
+    from monosem.subject import Subject
+
+    subject = Subject.load(job.folder, dtype=dtype, device=job.device)
+    for chunk in batches:
+        _note(batches, capture_block(subject, subject.site(job.layer), chunk, compiled=True))
 
 
 def harvest_sae_lens(job: Job, dtype: str, batches: Batches) -> None:
@@ -119,6 +131,7 @@ def harvest_sparsify(job: Job, dtype: str, batches: Batches) -> None:
 
 HARVESTS: dict[str, Callable[[Job, str, Batches], None]] = {
     "monosem": harvest_ours,
+    "monosem-compiled": harvest_compiled,
     "sae-lens": harvest_sae_lens,
     "sparsify": harvest_sparsify,
 }

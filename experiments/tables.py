@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/reproduce.md from the committed files under results/.
+"""Write the tables of README.md, docs/reproduce.md and docs/performance.md from the committed files under results/.
 
     python experiments/tables.py keep runs/demo     copy a demo run's numbers (again: add its seconds) into results/
     python experiments/tables.py                    fill every <!-- table NAME --> ... <!-- end --> block
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 RESULTS = Path("results/smollm2-135m-instruct-q4_1")
-PAGES = (Path("README.md"), Path("docs/reproduce.md"))
+PAGES = (Path("README.md"), Path("docs/reproduce.md"), Path("docs/performance.md"))
 BENCHMARK = Path("benchmarks/results/train-cpu.csv")
 STAGES = ("fetch", "harvest", "train", "evaluate", "total")
 
@@ -100,6 +100,17 @@ def dead() -> str:
     return markdown(["tied init", "AuxK", *QUALITY], rows)
 
 
+def impl() -> str:
+    """Seconds of the demo's training with each implementation of the kernels."""
+    found = runs("impl")
+    fastest = min(float(r["train_s"]) for r in found)
+    rows = [
+        [r["impl"], f"{float(r['train_s']):.0f}", f"{float(r['train_s']) / fastest:.1f}", *quality(r), r["commit"]]
+        for r in found
+    ]
+    return markdown(["impl", "seconds", "times the fastest", *QUALITY, "commit"], rows)
+
+
 def frontier() -> str:
     """Every run of both activation functions, and what they say at equal L0."""
     rows = [
@@ -159,6 +170,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "learning_rates": learning_rates,
     "dead": dead,
+    "impl": impl,
     "frontier": frontier,
 }
 

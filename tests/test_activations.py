@@ -244,8 +244,8 @@ def test_mean_is_the_training_rows_mean_in_float64(store: ActivationStore) -> No
 def test_norms_tell_sinks_from_the_rest(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     captured = activations.capture_block
 
-    def with_sinks(*args: Any) -> Tensor:
-        found = torch.nn.functional.normalize(captured(*args).float(), dim=2)
+    def with_sinks(*args: Any, **options: Any) -> Tensor:
+        found = torch.nn.functional.normalize(captured(*args, **options).float(), dim=2)
         found[:, 0] *= 1000
         found[0, 5] *= 100
         return found
@@ -262,8 +262,8 @@ def test_activations_that_are_not_finite_are_refused_with_their_address(
 ) -> None:
     captured = activations.capture_block
 
-    def poisoned(subject: Subject, site: Any, tokens: Tensor) -> Tensor:
-        found = captured(subject, site, tokens)
+    def poisoned(subject: Subject, site: Any, tokens: Tensor, **options: Any) -> Tensor:
+        found = captured(subject, site, tokens, **options)
         if tokens.equal(store.contexts("train").tokens[8:12]):
             found[1, 3, 0] = torch.nan
         return found

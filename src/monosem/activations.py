@@ -48,6 +48,12 @@ SPLITS = ("train", "held_out")
 LARGE_NORM = 10.0
 """Rows whose norm is over this many times their shard's median are counted: sinks away from the first token."""
 
+COMPILE_FROM_TOKENS = 2**21
+"""Harvests of so many activations in bfloat16 on a CPU compile the subject: up to half a minute once, for a third off
+the rest. In bfloat16 alone, because in float32 matrix products take nearly all of the time."""
+COMPILED_TOLERANCE = 0.1
+"""Compiled activations may differ from the plain ones by so much (relative, over a block); rounding makes it 0.02."""
+
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _ADDRESS = ("tokens", "documents", "positions")
 _REPAIR = "copy the store again, or delete its manifest.json and harvest again, which keeps what is whole"
@@ -181,6 +187,8 @@ class _Job(NamedTuple):
     out: Path
     subject: Subject
     site: Site
+    compiled: bool = False
+    """Whether the forward pass is `capture(compiled=True)`: it decides bits, so the plan and the manifest say it."""
 
     @property
     def first(self) -> int:
@@ -201,9 +209,13 @@ def _harvest(config: HarvestConfig, out: Path) -> None:
         )
     job = _Job(config, out, subject, subject.site(config.layer, config.location, config.revision))
     sources = {"subject": subject.hash, "tokenizer": subject.tokenizer_hash, "corpus": corpus_hash(config.corpus)}
-    _start_or_resume(out, config, sources)
-    splits, sidecars = {}, {}
+    plan = _resumable_plan(out, config, sources)
     found = {split: _contexts(job, split) for split in SPLITS}  # both at first: too little text shows before any work
+    job = job._replace(compiled=_choose_compiled(job, plan, found["train"]))
+    if plan is None:
+        plan = artifacts.manifest(PLAN_KIND, to_dict(config), sources, compiled=job.compiled)
+        artifacts.write_json(out / "plan.json", plan)
+    splits, sidecars = {}, {}
     for split in SPLITS:
         splits[split], sidecars[split] = _harvest_split(job, split, found[split])
     facts = {
@@ -211,6 +223,7 @@ def _harvest(config: HarvestConfig, out: Path) -> None:
         "site": dataclasses.asdict(job.site),
         "width": subject.site_width(job.site),
         "dtype": config.dtype,
+        "compiled": job.compiled,
         "mean": _write_mean(out, sidecars["train"]),
         "norms": _norms([*sidecars["train"], *sidecars["held_out"]]),
         "splits": splits,
@@ -222,15 +235,51 @@ def _harvest(config: HarvestConfig, out: Path) -> None:
     )
 
 
-def _start_or_resume(out: Path, config: HarvestConfig, sources: dict[str, str]) -> None:
-    """Write the plan, or check that it is the same; clear away what a killed process was writing."""
+def _resumable_plan(out: Path, config: HarvestConfig, sources: dict[str, str]) -> dict[str, Any] | None:
+    """The plan of the harvest under way in `out`, which must be the same; a killed one's leftovers are cleared away."""
+    plan = None
     if (out / "plan.json").exists() and any(out.rglob("shard-*")):  # a plan without a shard holds nothing yet
-        _require_same(out, artifacts.read_manifest(out / "plan.json", PLAN_KIND), config, sources)
+        plan = artifacts.read_manifest(out / "plan.json", PLAN_KIND)
+        _require_same(out, plan, config, sources)
         log.info("resuming the harvest in %s", out)
-    else:
-        artifacts.write_json(out / "plan.json", artifacts.manifest(PLAN_KIND, to_dict(config), sources))
     for leftover in out.rglob(".*.tmp"):  # the lock is ours, so nobody else is writing
         leftover.unlink()
+    return plan
+
+
+def _choose_compiled(job: _Job, plan: dict[str, Any] | None, found: Contexts) -> bool:
+    """Whether to run the subject compiled: as the plan says, else where it pays and works; the log says why not."""
+    if plan is not None:
+        wanted = plan.get("compiled", False)  # plans before 2026-11-25 do not say: those harvests were plain
+    else:
+        n_rows = job.config.n_tokens + job.config.n_tokens_held_out
+        wanted = n_rows >= COMPILE_FROM_TOKENS and job.config.dtype == "bfloat16" and job.subject.device.type == "cpu"
+    if not wanted or not (problem := _compile(job, found.tokens[: job.config.block_contexts])):
+        return wanted
+    if plan is not None:
+        raise ValueError(
+            f"{job.out} was begun with {job.subject.name} compiled, and here that fails ({problem}); go on where it "
+            f"works (torch.compile needs a C++ compiler), or choose another out"
+        )
+    log.warning("%s does not compile (%s); harvesting without, which is slower", job.subject.name, problem)
+    return False
+
+
+def _compile(job: _Job, tokens: Int[Tensor, "n ctx"]) -> str:
+    """Compile the subject by a first forward pass; in a line why it cannot be used compiled, else an empty string."""
+    if not job.subject.blocks_before(job.site):
+        return f"no block is known to be over before {job.site.location} of layer {job.site.layer}"
+    started = time.perf_counter()
+    try:
+        fast = capture_block(job.subject, job.site, tokens, compiled=True).float()
+    except (RuntimeError, OSError) as error:  # whatever goes wrong in compiling is one of these
+        log.debug("torch.compile failed", exc_info=True)
+        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    elapsed_s = time.perf_counter() - started
+    plain = capture_block(job.subject, job.site, tokens).float()
+    difference = ((fast - plain).norm() / plain.norm()).item()
+    log.info("compiled %s in %.0f s; activations differ by %.2g", job.subject.name, elapsed_s, difference)
+    return "" if difference <= COMPILED_TOLERANCE else f"its activations are off by {difference:.2g}"
 
 
 def _require_same(out: Path, made_by: dict[str, Any], config: HarvestConfig, sources: dict[str, str]) -> None:
@@ -302,7 +351,8 @@ def _block_tensors(job: _Job, split: str, found: Contexts, block: int) -> dict[s
     """One forward pass: `captured` [contexts, ctx, width] in the store's dtype, and the contexts; all finite."""
     start = block * job.config.block_contexts
     here = slice(start, start + job.config.block_contexts)
-    captured = capture_block(job.subject, job.site, found.tokens[here]).to(_DTYPES[job.config.dtype])
+    captured = capture_block(job.subject, job.site, found.tokens[here], compiled=job.compiled)
+    captured = captured.to(_DTYPES[job.config.dtype])
     if not torch.isfinite(captured).all():
         context, token = (~torch.isfinite(captured)).any(dim=2).nonzero()[0].tolist()
         document = found.document_hashes[int(found.documents[start + context, token])]
@@ -313,8 +363,10 @@ def _block_tensors(job: _Job, split: str, found: Contexts, block: int) -> dict[s
     return {"captured": captured, **{name: getattr(found, name)[here] for name in _ADDRESS}}
 
 
-def capture_block(subject: Subject, site: Site, tokens: Int[Tensor, "n ctx"]) -> Float[Tensor, "n ctx width"]:
-    return subject.capture(tokens, site).cpu()
+def capture_block(
+    subject: Subject, site: Site, tokens: Int[Tensor, "n ctx"], *, compiled: bool = False
+) -> Float[Tensor, "n ctx width"]:
+    return subject.capture(tokens, site, compiled=compiled).cpu()
 
 
 def _write_shard(job: _Job, file: str, blocks: list[dict[str, Tensor]]) -> dict[str, Any]:

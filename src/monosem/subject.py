@@ -23,12 +23,14 @@ What the locations mean, with r the residual stream entering a block:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import io
 import json
 import logging
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +48,9 @@ CONVERSION_FORMAT = 1
 
 _RECORD = "monosem.json"
 """Beside a converted model: what it was made from, and its hash."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Parameters of `mallopt`, from glibc's malloc.h."""
 
 logger = logging.getLogger("monosem")
 
@@ -163,6 +168,8 @@ class Subject:
         if dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype is {dtype!r}; choose bfloat16 or float32")
         where = resolve_device(device)
+        if where.type == "cpu":
+            _keep_freed_memory()
         name, folder = _locate(model, revision)
         if (path := Path(model.removeprefix("file:")).expanduser()).exists() and model not in resources.names("model"):
             model = str(path.resolve())  # so that a site names its model from any working folder
@@ -184,6 +191,7 @@ class Subject:
         parameter = next(module.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self._folder = folder
+        self._compiled: dict[nn.Module, Callable[..., Any]] = {}
         self._model_type = config.model_type
         self._family = FAMILIES.get(config.model_type)
         self._parallel_residual = bool(getattr(text_config, "use_parallel_residual", False))
@@ -217,15 +225,21 @@ class Subject:
         """Length of the vectors at `site`."""
         return self.capture(torch.tensor([[self.prefix_token]]), site).shape[-1]
 
-    def capture(self, tokens: Int[Tensor, "batch ctx"], site: Site) -> Float[Tensor, "batch ctx width"]:
-        """The activations at `site`, in the subject's dtype and on its device. Nothing after the site is computed."""
+    def capture(
+        self, tokens: Int[Tensor, "batch ctx"], site: Site, *, compiled: bool = False
+    ) -> Float[Tensor, "batch ctx width"]:
+        """The activations at `site`, in the subject's dtype and on its device. Nothing after the site is computed.
+
+        `compiled` runs `blocks_before(site)` through torch.compile: faster, with other rounding, and after a delay of
+        seconds to half a minute at the first call for a shape. `RuntimeError` or `OSError` where they do not compile.
+        """
         target, side = self._module_at(site)
 
         def stop(tensor: Tensor) -> Tensor:
             raise _SiteReachedError(_checked_activations(tensor, tokens, site))
 
         found = None
-        with _hook(target, side, stop):
+        with _hook(target, side, stop), self._compile(self.blocks_before(site) if compiled else []):
             try:
                 self._forward(tokens)
             except _SiteReachedError as reached:
@@ -233,6 +247,16 @@ class Subject:
         if found is None:
             raise ValueError(f"{site.location} of {self.name} takes no part in its forward pass; choose another site")
         return found.clone()  # outside inference mode: an ordinary tensor, which autograd accepts
+
+    def blocks_before(self, site: Site) -> list[nn.Module]:
+        """The blocks that are over when `site` is reached; none for a module given by its dotted name."""
+        if site.location not in LOCATIONS:
+            return []
+        self._module_at(site)
+        assert self._family is not None
+        point: Point = getattr(self._family, site.location)
+        blocks = self.module.get_submodule(self._family.blocks)
+        return list(blocks.children())[: site.layer + (point.path == "")]
 
     def run_with(
         self, tokens: Int[Tensor, "batch ctx"], site: Site, replace: Replace
@@ -280,6 +304,19 @@ class Subject:
         options = {"use_cache": False} if self.has_logits else {}
         return self.module(ids.to(self.device), **options)
 
+    @contextlib.contextmanager
+    def _compile(self, blocks: list[nn.Module]) -> Iterator[None]:
+        """While open, each of `blocks` runs as a compiled function, which would not notice a hook inside the block."""
+        for block in blocks:
+            if block not in self._compiled:
+                self._compiled[block] = torch.compile(block.forward, fullgraph=True, dynamic=False)
+            block.forward = self._compiled[block]
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward  # the class's own shows again
+
     def _require_logits(self) -> None:
         if not self.has_logits:
             raise ValueError(
@@ -314,6 +351,18 @@ class Subject:
         point: Point = getattr(self._family, site.location)
         block = self.module.get_submodule(f"{self._family.blocks}.{site.layer}")
         return block.get_submodule(point.path), point.side
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what this process frees, up to 1 GiB, for the next allocation; elsewhere do nothing.
+
+    By default it hands the tensors of a layer back to the kernel and takes them again for the next, page by page and
+    zeroed: 200,000 page faults in a forward pass of 4,096 tokens, a third of its time (docs/log.md, 2026-11-25).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that glibc takes: larger tensors are mapped afresh each time
+        mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
 class _SiteReachedError(Exception):
