@@ -20,6 +20,7 @@ _HOMES = {
     "TrainConfig": "config",
     "EvalConfig": "config",
     "RunConfig": "config",
+    "ScaleConfig": "config",
     "Site": "types",
     "SparseLatents": "types",
     "Metric": "types",
@@ -30,6 +31,7 @@ _HOMES = {
     "train": "training",
     "evaluate": "evals",
     "run": "main_job",
+    "scale": "scaling",
 }
 
 __all__ = sorted(_HOMES)

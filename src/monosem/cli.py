@@ -28,8 +28,10 @@ _STAGES: dict[str, type] = {
     "harvest": config.HarvestConfig,
     "train": config.TrainConfig,
     "eval": config.EvalConfig,
+    "scale": config.ScaleConfig,
 }
-_POSITIONAL = {"eval": "run"}
+_POSITIONAL = {"eval": "run", "scale": "table"}
+_WITH_JSON = ("eval", "run", "scale")
 
 _USAGE = f"""monosem {__version__}: sparse autoencoders of a language model's activations, trained and measured.
 
@@ -39,6 +41,7 @@ usage: monosem COMMAND [--config FILE.json] [flags]
   harvest   text -> tokens -> activations, kept in a store
   train     activations -> autoencoder
   eval RUN  autoencoder -> numbers on held-out text        (--json: one JSON object on stdout)
+  scale DIR table of runs -> scaling laws and figures      (--json)
 
 `monosem COMMAND --help` lists the flags. --config gives their defaults; flags win.
 """
@@ -104,7 +107,7 @@ def _stage(name: str, argv: list[str]) -> int:
         ours, rest = own.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise ValueError(f"{error} (monosem {name} --help)") from None
-    if ours.json and name not in ("eval", "run"):
+    if ours.json and name not in _WITH_JSON:
         raise ValueError(f"--json has no effect on `monosem {name}`; leave it out")
     if name in _POSITIONAL and rest and not rest[0].startswith("-"):
         rest = [f"--{_POSITIONAL[name]}", *rest]
@@ -121,6 +124,11 @@ def _stage(name: str, argv: list[str]) -> int:
 
         train(stage)
         print(f"autoencoder in {stage.out}/autoencoder; its numbers: monosem eval {stage.out}")
+    elif name == "scale":
+        from monosem.scaling import scale, summary
+
+        laws = scale(stage)
+        print(json.dumps(laws) if ours.json else summary(laws))
     else:
         _report(name, stage, as_json=ours.json)
     return 0

@@ -173,6 +173,29 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class ScaleConfig:
+    """A table of runs -> scaling laws with intervals and verdicts (`monosem.scale`)."""
+
+    table: str
+    """Folder with runs.csv, or the table itself (.csv, .parquet); results go beside it."""
+    tokens: int | None = None
+    """D of the laws at fixed tokens; default: where most (n_latents, k) were evaluated."""
+    subject: str | None = None
+    """Subject of the laws, in a table of several."""
+    families: str | None = None
+    """JSON file {"SUBJECT": {"family": "NAME", "parameters": 135e6}}: adds L_s(N) across subjects of one family."""
+    figures: bool = False
+    """Draw figures/*.png and scaling.html."""
+    seed: int = 0
+    """Of starts and resamples."""
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None:
+            _at_least(self, 1, "tokens")
+        _check_seed(self.seed)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The main job: harvest, train, evaluate in one folder (`monosem run`)."""
 
