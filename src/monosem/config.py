@@ -184,7 +184,7 @@ class ScaleConfig:
     """Subject of the laws, in a table of several."""
     families: str | None = None
     """JSON file {"SUBJECT": {"family": "NAME", "parameters": 135e6}}: adds L_s(N) across subjects of one family."""
-    figures: bool = False
+    figures: bool = True
     """Draw figures/*.png and scaling.html."""
     seed: int = 0
     """Of starts and resamples."""

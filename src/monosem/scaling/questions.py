@@ -96,11 +96,13 @@ def _tokens_to_convergence(
 ) -> dict[str, Any]:
     law, claim = line("T(N)", "n"), "tokens to convergence grow with n (p > 0; the paper's p is 0.6 to 0.65)"
     n_sizes = len({c.point.n_latents for c in done})
+    points = [{"n_latents": c.point.n_latents, "tokens": c.tokens, "run": c.point.run} for c in done]
     if n_sizes < MIN_SIZES:
         reason = f"{n_sizes} converged sizes; {MIN_SIZES} are needed"
-        return unfitted(law, claim, reason, at=at, excluded=excluded, n_runs=len(done))
+        return {**unfitted(law, claim, reason, at=at, excluded=excluded, n_runs=len(done)), "points": points}
     seen = _of_sizes([c.point for c in done], [c.tokens for c in done])
-    return entry(law, seen, claim, lambda c: sign(c, "p", 1), at=at, excluded=excluded, seed=seed)
+    found = entry(law, seen, claim, lambda c: sign(c, "p", 1), at=at, excluded=excluded, seed=seed)
+    return {**found, "points": points}
 
 
 def in_n_and_tokens(points: list[Point], at: dict[str, Any], excluded: list[Excluded], seed: int) -> dict[str, Any]:
