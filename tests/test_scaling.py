@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import runs_table
 from monosem import cli
-from monosem.config import ScaleConfig
-from monosem.scaling import costs, fit, laws, questions, scale, tables
+from monosem.config import PlanConfig, ScaleConfig
+from monosem.scaling import costs, fit, laws, plan, questions, scale, tables
 from runs_table import D_MODEL, KS, PLANTED, SIZES, TOKENS, planted_compute, row, rows, write
 
 pytest.importorskip("scipy")
@@ -314,6 +314,110 @@ def test_costs_are_recovered_from_the_table(tmp_path: Path) -> None:
     assert seconds == pytest.approx(1e-6 + 2e-11 * 65536 * D_MODEL + 1e-10 * 32 * D_MODEL, rel=1e-6)
     assert costs.per_token(found["flops"], 2048, 8, D_MODEL) == pytest.approx(6 * 2048 * D_MODEL, rel=1e-6)
     assert found["seconds"]["worst"] < 1e-6
+
+
+# figures
+
+
+def test_figures_are_drawn_and_the_same_bytes_twice(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("plotly")
+    table = [*rows(converging, ks=(16, 32), doublings=7), *relu_rows(4096, 0.1)]
+    write(tmp_path, table)
+    seen = []
+    for _ in range(2):
+        scale(ScaleConfig(str(tmp_path)))
+        files = [*sorted((tmp_path / "figures").iterdir()), tmp_path / "scaling.html"]
+        seen.append({file.name: file.read_bytes() for file in files})
+    assert seen[0] == seen[1]
+    names = ("compute", "compute_dense_equivalent", "n", "k", "tokens", "convergence", "residuals", "l0")
+    assert set(seen[0]) == {*(f"{name}.png" for name in names), "scaling.html"}
+    page = seen[0]["scaling.html"].decode()
+    assert all(f'id="{name}"' in page for name in names)
+    assert page.count("<script") > len(names) and 'src="http' not in page, "plotly.js is inside the page"
+
+
+def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"nolib is not installed.*pip install 'monosem\[lab\]'"):
+        laws.library("nolib.submodule")
+
+
+# plans
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """scaling.json of runs that follow `planted_compute`: the best n and tokens for a budget are known."""
+    folder = tmp_path_factory.mktemp("fitted")
+    scaled(write(folder, rows(planted_compute, ks=(32,), doublings=4, noise=0.001)))
+    return folder / "scaling.json"
+
+
+def planned(fitted: Path, **options: Any) -> dict[str, Any]:
+    (found,) = plan.plan(PlanConfig(scaling=str(fitted), **options))["plans"]
+    return found
+
+
+def test_a_plan_for_flops_is_the_optimum_of_the_planted_law(fitted: Path) -> None:
+    budget = 6 * D_MODEL * 8192 * 2_000_000.0
+    sizes = np.geomspace(500, 100_000, 4000)
+    best = min(planted_compute(n, 32, budget / (6 * D_MODEL * n)) for n in sizes)
+    found = planned(fitted, flops=budget)
+    assert found["flops"] == pytest.approx(budget, rel=1e-3)
+    assert planted_compute(found["n_latents"], 32, found["tokens"]) == pytest.approx(best, rel=0.01)
+    assert found["nmse"]["low"] < best < found["nmse"]["high"] and not found["nmse"]["extrapolated"]
+    goal = planned(fitted, nmse=found["nmse"]["value"])
+    assert goal["flops"] == pytest.approx(budget, rel=0.05) and goal["nmse"]["value"] == pytest.approx(best, rel=0.02)
+    own = planned(fitted, tokens=found["tokens"])
+    assert own["n_latents"] == pytest.approx(found["n_latents"], rel=0.5)
+
+
+def test_hours_are_the_tables_or_an_estimate_that_says_so(fitted: Path) -> None:
+    here = planned(fitted, hours=0.5, n_latents=4096)
+    seconds = 1e-6 + 2e-11 * 4096 * D_MODEL + 1e-10 * 32 * D_MODEL
+    assert here["seconds"] == pytest.approx(1800, rel=1e-3) and here["tokens"] == pytest.approx(
+        1800 / seconds, rel=1e-3
+    )
+    assert here["seconds_from"] == "measured in the table"
+    there = planned(fitted, hours=0.5, n_latents=4096, flops_per_s=1e12, mfu=0.5, gpus=4, price_per_hour=3.0)
+    assert there["tokens"] == pytest.approx(1800 * 2e12 / (6 * D_MODEL * 4096), rel=1e-3)
+    assert there["seconds_from"] == "estimate: 0.5 of 1e+12 FLOPs/s" and there["price"] == pytest.approx(6.0)
+
+
+def test_bytes_are_weights_moments_average_and_gradients_of_each_packed_autoencoder(fitted: Path) -> None:
+    found = planned(fitted, tokens=TOKENS, n_latents=8192, pack=3, memory_gib=0.5)
+    weights = 4 * (2 * 8192 * D_MODEL + 8192 + D_MODEL)
+    assert found["bytes"]["weights"] == 3 * weights and found["bytes"]["total"] > 3 * 5 * weights
+    assert not found["fits"] and planned(fitted, tokens=TOKENS, n_latents=8192, memory_gib=2.0)["fits"]
+
+
+def test_an_unreachable_goal_and_an_unfitted_k_are_refused(fitted: Path) -> None:
+    with pytest.raises(ValueError, match="out of reach at k = 32: the law's least is"):
+        planned(fitted, nmse=0.01)
+    with pytest.raises(ValueError, match=r"no fitted L\(N,D\) at k = 8; fitted k: 32"):
+        planned(fitted, flops=1e14, k=8)
+    with pytest.raises(ValueError, match="give a budget or a goal"):
+        planned(fitted)
+    with pytest.raises(ValueError, match="not flops, hours"):
+        planned(fitted, flops=1.0, hours=1.0)
+
+
+def test_a_prediction_is_written_once_and_checked_against_the_run(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(tmp_path / "prediction.json")
+    budget = ["--tokens", "8388608", "--n-latents", "16384", "--k", "32"]
+    assert cli.main(["plan", "--scaling", str(fitted), *budget, "--out", file, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)["plans"][0]["nmse"]
+    assert said["low"] < said["value"] < said["high"] and said["extrapolated"]
+    assert cli.main(["plan", "--scaling", str(fitted), *budget, "--out", file]) == 2
+    assert "a prediction is not overwritten" in capsys.readouterr().err
+    checking = ["plan", "--check", file, "--table", str(tmp_path), "--json"]
+    for nmse, verdict in ((None, "no run yet"), (said["value"], "inside"), (said["high"] * 1.01, "outside")):
+        more = [] if nmse is None else [row("new", 16384, 32, 8_388_608, nmse)]
+        write(tmp_path, [*rows(ks=(32,), doublings=0), *more])
+        assert cli.main(checking) == 0
+        assert json.loads(capsys.readouterr().out)["verdict"] == verdict
 
 
 # the command

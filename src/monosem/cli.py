@@ -29,9 +29,10 @@ _STAGES: dict[str, type] = {
     "train": config.TrainConfig,
     "eval": config.EvalConfig,
     "scale": config.ScaleConfig,
+    "plan": config.PlanConfig,
 }
 _POSITIONAL = {"eval": "run", "scale": "table"}
-_WITH_JSON = ("eval", "run", "scale")
+_WITH_JSON = ("eval", "run", "scale", "plan")
 
 _USAGE = f"""monosem {__version__}: sparse autoencoders of a language model's activations, trained and measured.
 
@@ -42,6 +43,7 @@ usage: monosem COMMAND [--config FILE.json] [flags]
   train     activations -> autoencoder
   eval RUN  autoencoder -> numbers on held-out text        (--json: one JSON object on stdout)
   scale DIR table of runs -> scaling laws and figures      (--json)
+  plan      a budget or a goal -> n, k, tokens, hours, bytes by those laws, and a prediction to check   (--json)
 
 `monosem COMMAND --help` lists the flags. --config gives their defaults; flags win.
 """
@@ -129,6 +131,11 @@ def _stage(name: str, argv: list[str]) -> int:
 
         laws = scale(stage)
         print(json.dumps(laws) if ours.json else summary(laws))
+    elif name == "plan":
+        from monosem.scaling import plan
+
+        found = plan.check(stage) if stage.check else plan.plan(stage)
+        print(json.dumps(found) if ours.json else plan.text(found))
     else:
         _report(name, stage, as_json=ours.json)
     return 0

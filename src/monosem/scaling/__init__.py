@@ -36,13 +36,11 @@ def scale(config: ScaleConfig) -> dict[str, Any]:
     report = _report(config, path, table)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("table", "families")}
     out = path.parent
-    with artifacts.folder_lock(out):
-        if config.figures:
-            from monosem.scaling import figures
+    if config.figures:
+        from monosem.scaling import figures
 
-            figures.write(report, out)
-        manifest = artifacts.manifest(KIND, settings, {"runs": table.sha256}, **report)
-        artifacts.write_json(out / "scaling.json", manifest)
+        figures.write(report, out)
+    artifacts.write_json(out / "scaling.json", artifacts.manifest(KIND, settings, {"runs": table.sha256}, **report))
     return _public(report)
 
 

@@ -25,6 +25,7 @@ Judge = Callable[[Coefficients], tuple[Verdict, str]]
 
 N_DRAWS = 200
 """Bootstrap coefficients kept for the planner's intervals."""
+_NEGLIGIBLE = 1e-3
 
 
 class Observed(NamedTuple):
@@ -141,6 +142,16 @@ def _coefficients(law: Law, seen: Observed, best: np.ndarray, draws: np.ndarray)
     if _count(seen.groups) == len(seen.log_y):
         for i, name in enumerate(law.coefficients):
             found[name] |= fit.profile(law, seen.logs, seen.log_y, best, i)._asdict()
+    return _negligible(law, seen, found)
+
+
+def _negligible(law: Law, seen: Observed, found: Coefficients) -> Coefficients:
+    """An irreducible exp(e) below a thousandth of the least observed is none: e has only an upper bound."""
+    limit = float(seen.log_y.min()) + math.log(_NEGLIGIBLE)
+    if "e" in law.coefficients and (found["e"]["value"] or 0.0) < limit:
+        for side in ("", "bootstrap_"):
+            high = found["e"][f"{side}high"]
+            found["e"] |= {f"{side}low": None, f"{side}high": None if high is None else max(high, limit)}
     return found
 
 

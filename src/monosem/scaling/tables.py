@@ -10,7 +10,7 @@ import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ class Point(NamedTuple):
     lr: float
     sparsity_coef: float
     setting: str
-    """What else may move the loss: options, tied_init, AuxK on or off, batch_size."""
+    """What else may move the loss: batch_size, AuxK, tied_init and the average on or off, options."""
     tokens: float
     distinct_tokens: float
     epochs: float
@@ -124,15 +124,11 @@ def read_table(path: Path) -> Table:
 
 def _refuse(path: Path, points: list[Point], wrong: Callable[[Point], bool], what: str, advice: str) -> None:
     if bad := [p for p in points if wrong(p)]:
-        raise ValueError(f"{path}: {_lines(bad)}: {what}; {advice}")
+        raise ValueError(f"{path}: {lines(bad)}: {what}; {advice}")
 
 
-def lines(points: Iterable[Point]) -> str:
+def lines(points: list[Point]) -> str:
     """`lines 3, 7 (run a, b)`, a few of them, for messages."""
-    return _lines(list(points))
-
-
-def _lines(points: list[Point]) -> str:
     numbers = ", ".join(str(p.line) for p in points[:_MOST_NAMED])
     runs = list(dict.fromkeys(p.run for p in points))
     more = f" and {len(points) - _MOST_NAMED} more" if len(points) > _MOST_NAMED else ""
@@ -175,6 +171,7 @@ def _point(path: Path, line: int, row: dict[str, str]) -> Point:
     nan = math.nan
     auxk = "AuxK" if number("auxk", 0) > 0 else "no AuxK"
     tied = "tied" if row["tied_init"].strip().lower() in ("true", "1") else "untied"
+    ema = "average" if number("ema", 0) > 0 else "no average"
     options = "" if row["activation_options"].strip() in ("", "{}") else f", {row['activation_options'].strip()}"
     return Point(
         line=line,
@@ -184,7 +181,7 @@ def _point(path: Path, line: int, row: dict[str, str]) -> Point:
         k=whole("k", 0),
         lr=number("lr"),
         sparsity_coef=number("sparsity_coef", 0.0),
-        setting=f"batch {row['batch_size']}, {auxk}, {tied}{options}",
+        setting=f"batch {row['batch_size']}, {auxk}, {tied}, {ema}{options}",
         tokens=number("tokens"),
         distinct_tokens=number("distinct_tokens", nan),
         epochs=number("epochs", nan),
@@ -209,7 +206,7 @@ def one_site(path: Path, points: list[Point], subject: str | None) -> list[Point
     if subject is None and len(subjects) > 1:
         first = [next(p for p in points if p.subject == s) for s in subjects]
         raise ValueError(
-            f"{path} mixes the subjects {', '.join(subjects)} (first at {_lines(first)}); choose one with "
+            f"{path} mixes the subjects {', '.join(subjects)} (first at {lines(first)}); choose one with "
             "--subject, or give --families for L_s(N) across them"
         )
     if subject is not None and subject not in subjects:
@@ -219,7 +216,7 @@ def one_site(path: Path, points: list[Point], subject: str | None) -> list[Point
     if len(sites) > 1:
         first = [next(p for p in mine if (p.layer, p.location, p.d_model) == s) for s in sites]
         named = "; ".join(f"layer {layer} {location}, d_model {d}" for layer, location, d in sites)
-        raise ValueError(f"{path} mixes sites of one subject ({named}; first at {_lines(first)}); split it: one a fit")
+        raise ValueError(f"{path} mixes sites of one subject ({named}; first at {lines(first)}); split it: one a fit")
     return mine
 
 
