@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("step", "subject", "tokens"),
     ("checkpoint", "activations"),
     ("stream", "run_folder"),
-    ("training", "evals"),
+    ("training", "evals", "scaling"),
     ("sweeps", "main_job"),
     ("cli",),
     ("__main__",),
@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 TORCH_FREE = ("config", "artifacts", "logs", "resources")
-HEAVY = {"accelerate", "datasets", "gguf", "pyarrow", "transformers"}
+HEAVY = {"accelerate", "datasets", "gguf", "matplotlib", "plotly", "pyarrow", "scipy", "transformers"}
 TORCH_FREE_BANS = HEAVY | {"torch", "numpy"}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 

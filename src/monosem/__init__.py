@@ -21,6 +21,7 @@ _HOMES = {
     "SweepConfig": "config",
     "EvalConfig": "config",
     "RunConfig": "config",
+    "ScaleConfig": "config",
     "Site": "types",
     "SparseLatents": "types",
     "Metric": "types",
@@ -32,6 +33,7 @@ _HOMES = {
     "sweep": "sweeps",
     "evaluate": "evals",
     "run": "main_job",
+    "scale": "scaling",
 }
 
 __all__ = sorted(_HOMES)

@@ -29,8 +29,11 @@ _STAGES: dict[str, type] = {
     "train": config.TrainConfig,
     "sweep": config.SweepConfig,
     "eval": config.EvalConfig,
+    "scale": config.ScaleConfig,
+    "plan": config.PlanConfig,
 }
-_POSITIONAL = {"eval": "run"}
+_POSITIONAL = {"eval": "run", "scale": "table"}
+_WITH_JSON = ("eval", "run", "scale", "plan")
 
 _USAGE = f"""monosem {__version__}: sparse autoencoders of a language model's activations, trained and measured.
 
@@ -41,6 +44,8 @@ usage: monosem COMMAND [--config FILE.json] [flags]
   train     activations -> autoencoder
   sweep     activations -> many autoencoders, on one stream
   eval RUN  autoencoder -> numbers on held-out text        (--json: one JSON object on stdout)
+  scale DIR table of runs -> scaling laws and figures      (--json)
+  plan      a budget or a goal -> n, k, tokens, hours, bytes by those laws, and a prediction to check   (--json)
 
 `monosem COMMAND --help` lists the flags. --config gives their defaults; flags win.
 """
@@ -106,7 +111,7 @@ def _stage(name: str, argv: list[str]) -> int:
         ours, rest = own.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise ValueError(f"{error} (monosem {name} --help)") from None
-    if ours.json and name not in ("eval", "run"):
+    if ours.json and name not in _WITH_JSON:
         raise ValueError(f"--json has no effect on `monosem {name}`; leave it out")
     if name in _POSITIONAL and rest and not rest[0].startswith("-"):
         rest = [f"--{_POSITIONAL[name]}", *rest]
@@ -127,6 +132,16 @@ def _stage(name: str, argv: list[str]) -> int:
         from monosem.sweeps import summary, sweep
 
         print(f"{summary(sweep(stage))}\nthe runs: {stage.out}/runs.csv; where the time went: {stage.out}/sweep.json")
+    elif name == "scale":
+        from monosem.scaling import scale, summary
+
+        laws = scale(stage)
+        print(json.dumps(laws) if ours.json else summary(laws))
+    elif name == "plan":
+        from monosem.scaling import plan
+
+        found = plan.check(stage) if stage.check else plan.plan(stage)
+        print(json.dumps(found) if ours.json else plan.text(found))
     else:
         _report(name, stage, as_json=ours.json)
     return 0

@@ -225,6 +225,89 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class ScaleConfig:
+    """A table of runs -> scaling laws with intervals and verdicts (`monosem.scale`)."""
+
+    table: str
+    """Folder with runs.csv, or the table itself (.csv, .parquet); results go beside it."""
+    tokens: int | None = None
+    """D of the laws at fixed tokens; default: where most (n_latents, k) were evaluated."""
+    subject: str | None = None
+    """Subject of the laws, in a table of several."""
+    families: str | None = None
+    """JSON file {"SUBJECT": {"family": "NAME", "parameters": 135e6}}: adds L_s(N) across subjects of one family."""
+    figures: bool = True
+    """Draw figures/*.png and scaling.html."""
+    seed: int = 0
+    """Of starts and resamples."""
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None:
+            _at_least(self, 1, "tokens")
+        _check_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """A budget or a goal -> n, k, tokens, hours and bytes by the fitted laws (`monosem.plan`), or a check of a plan."""
+
+    scaling: str | None = None
+    """scaling.json that `monosem scale` left."""
+    k: int | None = None
+    """Latents kept per token; default: every k with a fitted L(N,D)."""
+    n_latents: int | None = None
+    """Default: the best for the budget."""
+    flops: float | None = None
+    """Budget in FLOPs, of the table's column flops."""
+    hours: float | None = None
+    """Budget in hours, of the table's machine or of --flops-per-s."""
+    tokens: int | None = None
+    """Budget in token-visits."""
+    nmse: float | None = None
+    """Goal: the least FLOPs that are predicted to reach this normalized_mse."""
+    flops_per_s: float | None = None
+    """Peak FLOPs a second of one GPU, in place of the seconds measured in the table."""
+    mfu: float = 0.3
+    """Share of flops_per_s that training reaches: a guess until it is measured."""
+    gpus: int = 1
+    price_per_hour: float = 0.0
+    """Of one GPU, or of the table's machine."""
+    memory_gib: float | None = None
+    """Memory of a device; default: this machine's."""
+    pack: int = 1
+    """Autoencoders trained together on one stream."""
+    out: str | None = None
+    """Write the prediction here, to be committed before its run starts; needs --k."""
+    check: str | None = None
+    """A prediction to compare with --table, once its run exists."""
+    table: str | None = None
+    """With --check: the runs table, or its folder."""
+
+    def __post_init__(self) -> None:
+        for name in ("k", "n_latents", "flops", "hours", "tokens", "nmse", "flops_per_s", "memory_gib"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; give a positive number or leave it unset")
+        _at_least(self, 1, "gpus", "pack")
+        _at_least(self, 0, "price_per_hour")
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"mfu is {self.mfu}; give a share above 0 and up to 1")
+        goals = [name for name in ("flops", "hours", "tokens", "nmse") if getattr(self, name) is not None]
+        if (self.check is None) != (self.table is None):
+            raise ValueError("check and table belong together: give both, or neither")
+        if self.check is not None:
+            if self.scaling or goals or self.out:
+                raise ValueError("check compares a prediction with a table; leave out scaling, the budget and out")
+            return
+        if len(goals) > 1:
+            raise ValueError(f"give one of flops, hours, tokens or nmse, not {', '.join(goals)}")
+        if self.out is not None and self.k is None:
+            raise ValueError("out holds the prediction of one run; give its k")
+        if self.gpus > 1 and self.flops_per_s is None:
+            raise ValueError("gpus has no effect without flops_per_s; give the peak FLOPs a second of one")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The main job: harvest, train, evaluate in one folder (`monosem run`)."""
 

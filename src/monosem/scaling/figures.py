@@ -1,0 +1,238 @@
+"""The pictures of a report, in the form of the paper's: each described once, drawn by matplotlib and by plotly.
+
+`write` leaves figures/NAME.png and scaling.html, one page with plotly.js inside that works offline. The same report
+gives the same bytes: no dates, no random ids.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from monosem import artifacts
+from monosem.scaling.laws import DATA, JOINT, library, line, power
+
+_COLOURS = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#c8b020", "#d95f02", "#b2182b")
+_LINE_POINTS = 60
+
+
+class Series(NamedTuple):
+    """Points or a line; `colour` numbers what it belongs to."""
+
+    label: str
+    x: list[float]
+    y: list[float]
+    mode: Literal["points", "line", "curve"]
+    """curve: points joined by a thin line."""
+    colour: int
+
+
+class Picture(NamedTuple):
+    name: str
+    title: str
+    x: str
+    y: str
+    series: list[Series]
+    note: str
+    """Said under the title: the fit, or why there is none."""
+    log_y: bool = True
+
+
+def write(report: dict[str, Any], out: Path) -> None:
+    """figures/NAME.png of every picture, and scaling.html with all of them; `ValueError` without the extra `lab`."""
+    found = pictures(report)
+    for picture in found:
+        artifacts.write_atomic(out / "figures" / f"{picture.name}.png", lambda path, p=picture: _png(p, path))
+    page = _page(found, report)
+    artifacts.write_atomic(out / "scaling.html", lambda path: _text(path, page))
+
+
+def pictures(report: dict[str, Any]) -> list[Picture]:
+    """compute, n, k, convergence, residuals, l0: what each shows, as data."""
+    fitted = report["points"]["fitted"]
+    return [
+        *(_compute(report, flops) for flops in report["compute"]),
+        _joint(report["joint"], fitted, along="n_latents", by="k"),
+        _joint(report["joint"], fitted, along="k", by="n_latents"),
+        _tokens(report),
+        _convergence(report["tokens_to_convergence"]),
+        _residuals(report["joint"], fitted),
+        _l0(report["sparsity"]),
+    ]
+
+
+def _compute(report: dict[str, Any], flops: str) -> Picture:
+    """NMSE along each run at the k of most runs, the frontier, and L(C)."""
+    by_k = report["compute"][flops]
+    k = max(by_k, key=lambda key: (by_k[key]["coefficients"] is not None, by_k[key]["n_runs"]))
+    entry = by_k[k]
+    own = [p for p in report["points"]["curves"] if str(p["k"]) == k and p[flops]]
+    sizes = sorted({p["n_latents"] for p in own})
+    series = []
+    for run in dict.fromkeys(p["run"] for p in own):
+        mine = sorted((p for p in own if p["run"] == run), key=lambda p: p[flops])
+        x, y = [p[flops] for p in mine], [p["normalized_mse"] for p in mine]
+        series.append(Series(f"n = {mine[0]['n_latents']:,}", x, y, "curve", sizes.index(mine[0]["n_latents"])))
+    if entry["coefficients"]:
+        points = entry["frontier"]
+        x = [p["flops"] for p in points]
+        series.append(Series("frontier", x, [p["normalized_mse"] for p in points], "points", -1))
+        grid = np.geomspace(min(x), max(x), _LINE_POINTS)
+        series.append(_fit(entry, power("", "c"), {"c": grid}, grid, "L(C)", -1))
+    name = "compute" if flops == "flops" else "compute_dense_equivalent"
+    what = "FLOPs" if flops == "flops" else "dense-equivalent FLOPs"
+    return Picture(name, f"L(C) at k = {k}", what, "normalized MSE", series, _note(entry))
+
+
+def _joint(entry: dict[str, Any], fitted: list[dict[str, Any]], *, along: str, by: str) -> Picture:
+    """NMSE against n for each k, or against k for each n, with the joint law."""
+    groups = sorted({p[by] for p in fitted})
+    short = {"n_latents": "n", "k": "k"}
+    series = []
+    for i, value in enumerate(groups):
+        own = sorted((p for p in fitted if p[by] == value), key=lambda p: p[along])
+        x = [float(p[along]) for p in own]
+        series.append(Series(f"{short[by]} = {value:,}", x, [p["normalized_mse"] for p in own], "points", i))
+        if entry["coefficients"]:
+            grid = np.geomspace(min(x), max(x), _LINE_POINTS)
+            logs = {short[along]: grid, short[by]: np.full(_LINE_POINTS, float(value))}
+            series.append(_fit(entry, JOINT, logs, grid, "", i))
+    title = f"{entry['law']}, D = {entry['at']['tokens']:,} tokens"
+    return Picture(short[along], title, along, "normalized MSE", series, _note(entry))
+
+
+def _tokens(report: dict[str, Any]) -> Picture:
+    """NMSE against tokens of each n at the k of most runs, with L(N,D)."""
+    by_k = report["n_tokens"]
+    k = max(by_k, key=lambda key: (by_k[key]["coefficients"] is not None, by_k[key]["n_runs"]))
+    entry = by_k[k]
+    own = [p for p in report["points"]["curves"] if str(p["k"]) == k]
+    series = []
+    for i, n in enumerate(sorted({p["n_latents"] for p in own})):
+        mine = sorted((p for p in own if p["n_latents"] == n), key=lambda p: p["tokens"])
+        series.append(
+            Series(f"n = {n:,}", [p["tokens"] for p in mine], [p["normalized_mse"] for p in mine], "points", i)
+        )
+        if entry["coefficients"]:
+            grid = np.geomspace(entry["at"]["tokens_from"], mine[-1]["tokens"], _LINE_POINTS)
+            series.append(_fit(entry, DATA, {"n": np.full(_LINE_POINTS, float(n)), "tokens": grid}, grid, "", i))
+    return Picture("tokens", f"L(N,D) at k = {k}", "tokens", "normalized MSE", series, _note(entry))
+
+
+def _convergence(by_k: dict[str, dict[str, Any]]) -> Picture:
+    series = []
+    for i, (k, entry) in enumerate(by_k.items()):
+        points = entry["points"]
+        if points:
+            x = [float(p["n_latents"]) for p in points]
+            series.append(Series(f"k = {k}", x, [p["tokens"] for p in points], "points", i))
+            if entry["coefficients"]:
+                grid = np.geomspace(min(x), max(x), _LINE_POINTS)
+                series.append(_fit(entry, line("", "n"), {"n": grid}, grid, "", i))
+    entry = max(by_k.values(), key=lambda e: e["n_runs"])
+    title = "Distinct tokens to convergence (gain < 1% a doubling)"
+    return Picture("convergence", title, "n_latents", "distinct tokens", series, _note(entry))
+
+
+def _residuals(entry: dict[str, Any], fitted: list[dict[str, Any]]) -> Picture:
+    series = []
+    if entry["coefficients"]:
+        theta = _theta(entry)
+        for i, k in enumerate(sorted({p["k"] for p in fitted})):
+            own = [p for p in fitted if p["k"] == k]
+            logs = {"n": np.log([p["n_latents"] for p in own]), "k": np.log([p["k"] for p in own])}
+            residual = np.log([p["normalized_mse"] for p in own]) - JOINT.log_value(theta, logs)
+            series.append(Series(f"k = {k}", [float(p["n_latents"]) for p in own], residual.tolist(), "points", i))
+    title = f"Residuals of {entry['law']}"
+    return Picture("residuals", title, "n_latents", "ln measured − ln fitted", series, _note(entry), log_y=False)
+
+
+def _l0(sparsity: dict[str, Any]) -> Picture:
+    series, colour = [], 0
+    for activation, by_n in sparsity["curves"].items():
+        for n, points in by_n.items():
+            x, y = [p["l0"] for p in points], [p["normalized_mse"] for p in points]
+            series.append(Series(f"{activation}, n = {int(n):,}", x, y, "curve", colour))
+            colour += 1
+    gap = sparsity["topk_relu_gap"]
+    note = f"{gap['claim']}: {gap['verdict']}; {gap['reason']}"
+    return Picture("l0", "NMSE against L0", "L0", "normalized MSE", series, note)
+
+
+def _fit(
+    entry: dict[str, Any], law: Any, values: dict[str, np.ndarray], x: np.ndarray, label: str, colour: int
+) -> Series:
+    logs = {name: np.log(value) for name, value in values.items()}
+    return Series(label, x.tolist(), np.exp(law.log_value(_theta(entry), logs)).tolist(), "line", colour)
+
+
+def _theta(entry: dict[str, Any]) -> np.ndarray:
+    return np.array([c["value"] for c in entry["coefficients"].values()])
+
+
+def _note(entry: dict[str, Any]) -> str:
+    n = f"n_runs = {entry['n_runs']}"
+    if entry["coefficients"] is None:
+        return f"not fitted: {entry['reason']}"
+    values = ", ".join(f"{name} {c['value']:.3g}" for name, c in entry["coefficients"].items())
+    return f"{entry['formula']}: {values}; {n}"
+
+
+def _shown(series: list[Series]) -> Iterable[tuple[Series, str, bool]]:
+    """Each series with its colour, and whether its label is new (for the legend)."""
+    seen: set[str] = set()
+    for s in series:
+        colour = "#000000" if s.colour < 0 else _COLOURS[s.colour % len(_COLOURS)]
+        yield s, colour, bool(s.label) and s.label not in seen
+        seen.add(s.label)
+
+
+def _png(picture: Picture, path: Path) -> None:
+    figure = library("matplotlib.figure").Figure(figsize=(7, 4.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    styles = {
+        "points": {"ls": "", "marker": "o", "ms": 4},
+        "line": {"lw": 1.2},
+        "curve": {"lw": 0.7, "marker": ".", "ms": 4},
+    }
+    for s, colour, new in _shown(picture.series):
+        axes.plot(s.x, s.y, color=colour, label=s.label if new else None, **styles[s.mode])
+    if picture.series:
+        axes.set_xscale("log")
+        axes.set_yscale("log" if picture.log_y else "linear")
+        axes.legend(fontsize=7)
+    axes.set(xlabel=picture.x, ylabel=picture.y)
+    axes.set_title(f"{picture.title}\n{picture.note}", fontsize=7, wrap=True)
+    axes.grid(alpha=0.3, which="both", lw=0.4)
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _page(found: list[Picture], report: dict[str, Any]) -> str:
+    graph, io = library("plotly.graph_objects"), library("plotly.io")
+    parts = []
+    for i, picture in enumerate(found):
+        figure = graph.Figure()
+        for s, colour, new in _shown(picture.series):
+            mode = {"points": "markers", "line": "lines", "curve": "lines+markers"}[s.mode]
+            figure.add_scatter(
+                x=s.x, y=s.y, mode=mode, name=s.label or "fit", showlegend=new, line_color=colour, legendgroup=s.label
+            )
+        figure.update_layout(
+            title=f"{picture.title}<br><sub>{html.escape(picture.note)}</sub>", template="plotly_white"
+        )
+        figure.update_xaxes(title=picture.x, type="log")
+        figure.update_yaxes(title=picture.y, type="log" if picture.log_y else "linear")
+        parts.append(io.to_html(figure, full_html=False, include_plotlyjs=i == 0, div_id=picture.name))
+    of = report["of"]
+    title = html.escape(f"Scaling laws: {of['subject']}, layer {of['layer']} {of['location']}, {of['n_runs']} runs")
+    return (
+        f'<!doctype html>\n<meta charset="utf-8">\n<title>{title}</title>\n<h1>{title}</h1>\n' + "\n".join(parts) + "\n"
+    )
+
+
+def _text(path: Path, text: str) -> None:
+    path.write_text(text, "utf-8")
