@@ -102,7 +102,7 @@ def contexts(
     hashes: list[str] = []
     n_tokens = 0
     for batch in _batched(split):
-        for document, ids in zip(batch, _token_ids(tokenizer, batch), strict=True):
+        for document, ids in zip(batch, token_ids(tokenizer, batch), strict=True):
             pieces.append(_addressed(ids, len(hashes), separator))
             hashes.append(document_hash(document))
             n_tokens += len(ids) + 1
@@ -193,7 +193,8 @@ def _addressed(ids: list[int], document: int, separator: int) -> np.ndarray:
     return rows
 
 
-def _token_ids(tokenizer: Any, batch: Iterable[str]) -> list[list[int]]:
+def token_ids(tokenizer: Any, batch: Iterable[str]) -> list[list[int]]:
+    """The tokens of each text, without special ones."""
     # split_special_tokens: "<|endoftext|>" written in a document is text, not a control token.
     # verbose=False: documents longer than the subject's window are expected here, they are cut afterwards.
     return tokenizer(
@@ -344,17 +345,23 @@ def _parquet_texts(path: Path) -> Iterator[str]:
         raise ValueError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]}); restore it") from None
 
 
-def _csv_texts(path: Path, column: str = "text") -> Iterator[str]:
+def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a .csv or .csv.zst file by column, each with the line it ends on; `ValueError` when it is not CSV."""
     with open(path, "rb") as file:
         source = _decompressed(file, path) if path.name.lower().endswith(".zst") else file
-        reader = csv.DictReader(io.TextIOWrapper(source, "utf-8", newline=""))
+        reader = csv.DictReader(io.TextIOWrapper(source, "utf-8-sig", newline=""))  # -sig: spreadsheets write a BOM
         try:
             for row in reader:
-                yield _text_of(row, column, f"{path} line {reader.line_num}")
+                yield reader.line_num, row
         except csv.Error as error:
             raise ValueError(
                 f"{path} line {reader.line_num} is not CSV ({error}); convert the file to .jsonl"
             ) from None
+
+
+def _csv_texts(path: Path, column: str = "text") -> Iterator[str]:
+    for line, row in csv_rows(path):
+        yield _text_of(row, column, f"{path} line {line}")
 
 
 def _decompressed(file: io.BufferedReader, path: Path) -> io.BufferedReader:
@@ -460,11 +467,12 @@ def _hub_commit(name: str) -> str:
 
 
 def _hub_texts(corpus: str, seed: int) -> Iterator[str]:
-    for row in _hub_rows(corpus, seed):
+    for row in hub_rows(corpus, seed):
         yield _text_of(row, "text", corpus)
 
 
-def _hub_rows(corpus: str, seed: int) -> Iterator[dict[str, Any]]:
+def hub_rows(corpus: str, seed: int) -> Iterator[dict[str, Any]]:
+    """The rows of `hf:NAME[:CONFIG[:SPLIT]]` by column, in an order drawn from the seed."""
     name, config, split = _hub_parts(corpus)
     try:
         import datasets
