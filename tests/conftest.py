@@ -22,7 +22,7 @@ import pytest
 THREADS = 2
 SHAPED = [
     *("types", "losses", "kernels", "model", "checkpoint", "subject"),
-    *("tokens", "activations", "stream", "step", "training", "evals", "main_job"),
+    *("tokens", "activations", "n2g", "stream", "step", "training", "evals", "main_job"),
 ]
 """Modules whose annotations are checked at every call. The others promise a ValueError for values of any type."""
 NETWORK_EVENTS = ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.bind")

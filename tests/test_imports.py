@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("model",),
     ("step", "subject", "tokens"),
-    ("checkpoint", "activations"),
+    ("checkpoint", "activations", "n2g"),
     ("stream",),
     ("training", "evals"),
     ("main_job",),
