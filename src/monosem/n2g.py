@@ -43,6 +43,8 @@ _TOKENS_AT_ONCE = 4096  # of one forward pass
 
 Pattern = tuple[int, ...]
 Rule = dict[Pattern, float]
+Stream = Iterable[tuple[Int[Tensor, "batch ctx"], Float[Tensor, "batch ctx m"]]]
+"""Texts, and the activations of some latents at their tokens."""
 
 
 class Examples(NamedTuple):
@@ -82,10 +84,8 @@ class LatentReader:
         x, _ = self.autoencoder.normalize(raw.flatten(0, 1))
         return self.autoencoder.encode(x)
 
-    def stream(
-        self, tokens: Int[Tensor, "n_contexts ctx"], latents: Int[Tensor, " m"]
-    ) -> Iterator[tuple[Int[Tensor, "batch ctx"], Float[Tensor, "batch ctx m"]]]:
-        """(tokens, activations of `latents`) of all contexts, a batch at a time."""
+    def stream(self, tokens: Int[Tensor, "n_contexts ctx"], latents: Int[Tensor, " m"]) -> Stream:
+        """All contexts, a batch at a time."""
         context_length = tokens.shape[1]
         self._check_length(context_length)
         batches = tokens.split(max(1, _TOKENS_AT_ONCE // context_length))
@@ -149,14 +149,7 @@ def columns(latents: SparseLatents, which: Int[Tensor, " m"]) -> Float[Tensor, "
     return dense
 
 
-def collect(
-    stream: Iterable[tuple[Int[Tensor, "batch ctx"], Float[Tensor, "batch ctx m"]]],
-    latents: Int[Tensor, " m"],
-    *,
-    n_top: int,
-    n_random: int,
-    seed: int,
-) -> list[Examples]:
+def collect(stream: Stream, latents: Int[Tensor, " m"], *, n_top: int, n_random: int, seed: int) -> list[Examples]:
     """For each latent its `n_top` strongest contexts, and `n_random` drawn uniformly among all on which it fires.
 
     One pass; memory is O(m (n_top + n_random) ctx) however long the stream. The same stream and seed give the same

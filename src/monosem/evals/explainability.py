@@ -13,7 +13,9 @@ latent that never fires on the held-out text has no recall (0/0); the share of s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import collections
+import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,14 +24,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from monosem import n2g
+from monosem.activations import ActivationStore
 from monosem.evals.bootstrap import as_metric, bootstrap, ratio, wilson
+from monosem.logs import progress
+from monosem.model import Autoencoder
 from monosem.n2g import START, Examples, LatentReader, Rule
-from monosem.tokens import Contexts
 from monosem.types import FIRED_THRESHOLD, Metric
 
 QUANTILES = (0.5, 0.9)
 """Of a latent's positive activations on the held-out text: recall and precision are also counted above them."""
+N_LATENTS = 256
+N_EXAMPLES = 16
+N_TOKENS_BUILDING = 1_000_000
 N_TOKENS = 100_000
+
+log = logging.getLogger("monosem")
 
 _BASELINE_PROBABILITY = 0.5
 
@@ -59,44 +68,62 @@ class Fired(NamedTuple):
 
 def metrics(
     reader: LatentReader,
-    explanations: Sequence[Explanation],
-    building: Contexts,
-    held_out: Contexts,
+    store: ActivationStore,
     *,
+    n_latents: int = N_LATENTS,
+    n_top: int = N_EXAMPLES,
+    n_random: int = N_EXAMPLES,
+    n_tokens_building: int = N_TOKENS_BUILDING,
     n_tokens: int = N_TOKENS,
     n_resamples: int,
     seed: int,
-) -> Scores:
-    """`score` on at least `n_tokens` tokens of the held-out contexts, spread evenly over them.
+) -> tuple[Scores, list[Explanation]]:
+    """The scores of uniformly sampled latents, and their explanations.
 
-    `ValueError` when there are fewer, when a document is also among those that the explanations were built from, or
-    when no latent fires.
+    These are built from the store's training documents (or as many tokens as there are, then the log says so) and
+    judged on at least `n_tokens` of its held-out ones; only N2G's own texts run through the subject. `ValueError` when
+    the store holds out less, for more latents than there are, or when none of the latents fires.
     """
-    n_contexts, context_length = held_out.tokens.shape
-    n_wanted = -(-n_tokens // context_length)
-    if n_wanted > n_contexts:
-        raise ValueError(f"{n_tokens:,} held-out tokens asked for, {held_out.tokens.numel():,} given; harvest more")
-    chosen = torch.arange(n_wanted) * n_contexts // n_wanted
-    held_out = held_out._replace(tokens=held_out.tokens[chosen], documents=held_out.documents[chosen])
-    if shared := _documents(building) & _documents(held_out):
+    if store.n_rows("held_out") < n_tokens:
         raise ValueError(
-            f"{len(shared)} documents (one is {min(shared)}) are among both the building and the held-out text; "
-            "give disjoint splits"
+            f"{n_tokens:,} held-out tokens asked for, {store.path} has {store.n_rows('held_out'):,}; harvest with a "
+            "larger n_tokens_held_out or ask for fewer"
         )
-    latents = torch.tensor([e.examples.latent for e in explanations])
-    return score(explanations, reader.stream(held_out.tokens, latents), n_resamples=n_resamples, seed=seed)
+    if store.n_rows("train") < n_tokens_building:
+        log.info("explanations: the store has %d training tokens, not %d", store.n_rows("train"), n_tokens_building)
+    latents = n2g.sample_latents(reader.n_latents, n_latents, seed)
+    building = stored(store, "train", n_tokens_building, reader.autoencoder, latents)
+    explanations = explain(reader, building, latents, n_top=n_top, n_random=n_random, seed=seed)
+    held_out = stored(store, "held_out", n_tokens, reader.autoencoder, latents)
+    return score(explanations, held_out, n_resamples=n_resamples, seed=seed), explanations
+
+
+def stored(
+    store: ActivationStore, split: str, n_tokens: int, autoencoder: Autoencoder, latents: Int[Tensor, " m"]
+) -> n2g.Stream:
+    """The whole blocks with the first `n_tokens` rows of a split, as `LatentReader.stream` gives them.
+
+    Nothing runs through the subject. A text starts where the store's rows do: with a context's second token, unless
+    first tokens are kept.
+    """
+    tokens = store.contexts(split).tokens[:, store.first_position :]
+    n_blocks = min(store.n_blocks(split), -(-n_tokens // store.block_rows))
+    total = n_blocks * store.block_rows
+    for index in progress(range(n_blocks), f"latents {split}", "tok", total=total, each=store.block_rows):
+        x, _ = autoencoder.normalize(store.block(split, index).to(autoencoder.weights.pre_bias.device))
+        batch = tokens.split(store.config["block_contexts"])[index]
+        yield batch, n2g.columns(autoencoder.encode(x), latents).unflatten(0, batch.shape)
 
 
 def explain(
-    reader: LatentReader, building: Contexts, latents: Int[Tensor, " m"], *, n_top: int, n_random: int, seed: int
+    reader: LatentReader, stream: n2g.Stream, latents: Int[Tensor, " m"], *, n_top: int, n_random: int, seed: int
 ) -> list[Explanation]:
-    """The explanations of `latents`: N2G from their top and random activating contexts in `building`, the baselines
-    from all of it. One pass over the text, and the forwards that N2G asks for."""
+    """The explanations of `latents`: N2G from the stream's top and random activating contexts, the baselines from all
+    of it. One pass over the stream, and the forwards that N2G asks for."""
     record = _Record(len(latents))
-    stream = record.pass_on(reader.stream(building.tokens, latents))
-    examples = n2g.collect(stream, latents, n_top=n_top, n_random=n_random, seed=seed)
-    fired = record.by_latent()
-    rules = n2g.build(reader, examples), ngrams(building.tokens, fired, 1), ngrams(building.tokens, fired, 2)
+    examples = n2g.collect(record.pass_on(stream), latents, n_top=n_top, n_random=n_random, seed=seed)
+    tokens, fired = record.tokens(), record.by_latent()
+    rules = n2g.build(reader, examples), ngrams(tokens, fired, 1), ngrams(tokens, fired, 2)
     return [Explanation(*one) for one in zip(examples, *rules, strict=True)]
 
 
@@ -122,20 +149,15 @@ def ngrams(tokens: Int[Tensor, "n_contexts ctx"], fired: Sequence[Fired], n: int
     return rules
 
 
-def score(
-    explanations: Sequence[Explanation],
-    stream: Iterable[tuple[Int[Tensor, "batch ctx"], Float[Tensor, "batch ctx m"]]],
-    *,
-    n_resamples: int,
-    seed: int,
-) -> Scores:
+def score(explanations: Sequence[Explanation], stream: n2g.Stream, *, n_resamples: int, seed: int) -> Scores:
     """n2g_recall, n2g_precision (also of the baselines, and above quantiles), n2g_density, n2g_never_predicts/_fires.
 
     Intervals resample latents, the same draws for every number that all latents have. `ValueError` when no latent
     fires.
     """
     record = _Record(len(explanations))
-    tokens = torch.cat([batch for batch, _ in record.pass_on(stream)])
+    collections.deque(record.pass_on(stream), maxlen=0)
+    tokens = record.tokens()
     rows = [_row(e, tokens, fired) for e, fired in zip(explanations, record.by_latent(), strict=True)]
     names = [name for name in rows[0] if name.startswith(("recall", "precision"))]
 
@@ -160,24 +182,25 @@ def score(
     return Scores(averages, rows)
 
 
-def _documents(contexts: Contexts) -> set[str]:
-    return {contexts.document_hashes[i] for i in contexts.documents.unique().tolist()}
-
-
 class _Record:
-    """Where each latent of a stream fires; memory is a few numbers a firing."""
+    """The tokens of a stream and where each latent fires; memory is a number a token and a few a firing."""
 
     def __init__(self, m: int) -> None:
         self.m, self.n_tokens = m, 0
+        self.batches: list[Tensor] = []
         self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def pass_on(self, stream: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def pass_on(self, stream: n2g.Stream) -> n2g.Stream:
         for tokens, activations in stream:
             flat = activations.flatten(0, 1)
             positions, column = (flat > FIRED_THRESHOLD).nonzero(as_tuple=True)
+            self.batches.append(tokens)
             self.parts.append((positions + self.n_tokens, column, flat[positions, column]))
             self.n_tokens += tokens.numel()
             yield tokens, activations
+
+    def tokens(self) -> Int[Tensor, "n_contexts ctx"]:
+        return torch.cat(self.batches)
 
     def by_latent(self) -> list[Fired]:
         positions, column, values = (torch.cat(part) for part in zip(*self.parts, strict=True))
