@@ -13,7 +13,6 @@ latent that never fires on the held-out text has no recall (0/0); the share of s
 
 from __future__ import annotations
 
-import collections
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -64,6 +63,40 @@ class Fired(NamedTuple):
 
     positions: Int[Tensor, " n_fired"]
     values: Float[Tensor, " n_fired"]
+
+
+class Record:
+    """The tokens of a stream and where each latent fires; memory is a number a token and a few a firing."""
+
+    def __init__(self, m: int) -> None:
+        self.m, self.n_tokens = m, 0
+        self.batches: list[Tensor] = []
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @staticmethod
+    def of(stream: n2g.Stream, m: int) -> Record:
+        record = Record(m)
+        for _ in record.pass_on(stream):
+            pass
+        return record
+
+    def pass_on(self, stream: n2g.Stream) -> n2g.Stream:
+        for tokens, activations in stream:
+            flat = activations.flatten(0, 1)
+            positions, column = (flat > FIRED_THRESHOLD).nonzero(as_tuple=True)
+            self.batches.append(tokens)
+            self.parts.append((positions + self.n_tokens, column, flat[positions, column]))
+            self.n_tokens += tokens.numel()
+            yield tokens, activations
+
+    def tokens(self) -> Int[Tensor, "n_contexts ctx"]:
+        return torch.cat(self.batches)
+
+    def by_latent(self) -> list[Fired]:
+        positions, column, values = (torch.cat(part) for part in zip(*self.parts, strict=True))
+        order = column.sort(stable=True).indices
+        sizes = column.bincount(minlength=self.m).tolist()
+        return [Fired(*one) for one in zip(positions[order].split(sizes), values[order].split(sizes), strict=True)]
 
 
 def metrics(
@@ -120,7 +153,7 @@ def explain(
 ) -> list[Explanation]:
     """The explanations of `latents`: N2G from the stream's top and random activating contexts, the baselines from all
     of it. One pass over the stream, and the forwards that N2G asks for."""
-    record = _Record(len(latents))
+    record = Record(len(latents))
     examples = n2g.collect(record.pass_on(stream), latents, n_top=n_top, n_random=n_random, seed=seed)
     tokens, fired = record.tokens(), record.by_latent()
     rules = n2g.build(reader, examples), ngrams(tokens, fired, 1), ngrams(tokens, fired, 2)
@@ -155,8 +188,7 @@ def score(explanations: Sequence[Explanation], stream: n2g.Stream, *, n_resample
     Intervals resample latents, the same draws for every number that all latents have. `ValueError` when no latent
     fires.
     """
-    record = _Record(len(explanations))
-    collections.deque(record.pass_on(stream), maxlen=0)
+    record = Record.of(stream, len(explanations))
     tokens = record.tokens()
     rows = [_row(e, tokens, fired) for e, fired in zip(explanations, record.by_latent(), strict=True)]
     names = [name for name in rows[0] if name.startswith(("recall", "precision"))]
@@ -180,33 +212,6 @@ def score(explanations: Sequence[Explanation], stream: n2g.Stream, *, n_resample
     averages.append(share("never_predicts", sum(row["n_predicted"] == 0 for row in rows)))
     averages.append(share("never_fires", sum(row["n_fired"] == 0 for row in rows)))
     return Scores(averages, rows)
-
-
-class _Record:
-    """The tokens of a stream and where each latent fires; memory is a number a token and a few a firing."""
-
-    def __init__(self, m: int) -> None:
-        self.m, self.n_tokens = m, 0
-        self.batches: list[Tensor] = []
-        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def pass_on(self, stream: n2g.Stream) -> n2g.Stream:
-        for tokens, activations in stream:
-            flat = activations.flatten(0, 1)
-            positions, column = (flat > FIRED_THRESHOLD).nonzero(as_tuple=True)
-            self.batches.append(tokens)
-            self.parts.append((positions + self.n_tokens, column, flat[positions, column]))
-            self.n_tokens += tokens.numel()
-            yield tokens, activations
-
-    def tokens(self) -> Int[Tensor, "n_contexts ctx"]:
-        return torch.cat(self.batches)
-
-    def by_latent(self) -> list[Fired]:
-        positions, column, values = (torch.cat(part) for part in zip(*self.parts, strict=True))
-        order = column.sort(stable=True).indices
-        sizes = column.bincount(minlength=self.m).tolist()
-        return [Fired(*one) for one in zip(positions[order].split(sizes), values[order].split(sizes), strict=True)]
 
 
 def _row(explanation: Explanation, tokens: Tensor, fired: Fired) -> dict[str, Any]:
