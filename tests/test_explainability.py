@@ -94,6 +94,11 @@ def test_ngrams_predict_where_half_of_the_occurrences_fire_with_their_mean() -> 
     assert explainability.ngrams(tokens, [never, fired], 2) == [{}, bigram]
 
 
+def test_judging_on_no_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="no text to judge"):
+        explainability.score([], iter([]), **OPTIONS)
+
+
 def test_latents_that_all_never_fire_are_refused() -> None:
     with pytest.raises(ValueError, match="none of the 1 latents fires on the 2,400 held-out tokens"):
         judged(lambda text: 0.0)

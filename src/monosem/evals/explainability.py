@@ -32,7 +32,7 @@ from monosem.types import FIRED_THRESHOLD, Metric
 
 QUANTILES = (0.5, 0.9)
 """Of a latent's positive activations on the held-out text: recall and precision are also counted above them."""
-N_LATENTS = 256
+N_LATENTS = 64
 N_EXAMPLES = 16
 N_TOKENS_BUILDING = 1_000_000
 N_TOKENS = 100_000
@@ -78,6 +78,8 @@ class Record:
         record = Record(m)
         for _ in record.pass_on(stream):
             pass
+        if not record.batches:
+            raise ValueError("no text to judge explanations on; give more")
         return record
 
     def pass_on(self, stream: n2g.Stream) -> n2g.Stream:
