@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("variants",),
     ("model",),
     ("step", "subject", "tokens"),
-    ("checkpoint", "activations"),
+    ("checkpoint", "activations", "n2g"),
     ("stream", "run_folder"),
     ("training", "evals", "scaling"),
     ("sweeps", "main_job"),

@@ -12,6 +12,7 @@ every sum. Position t predicts token t + 1, so a context of T tokens gives T - 2
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,13 +23,16 @@ from torch import Tensor, nn
 from monosem.evals.bootstrap import Statistic, as_metric, bootstrap, clusters_of, ratio
 from monosem.logs import progress
 from monosem.model import Autoencoder
-from monosem.subject import FAMILIES, Replace, Subject
+from monosem.subject import FAMILIES, Subject
 from monosem.types import LOCATIONS, Metric, Site
 
 _LOGITS_BYTES = 1 << 28  # of one forward; two are alive at once
 _SLICE_BYTES = 1 << 22  # of the logits compared at once: the passes over the vocabulary then stay in the caches
 
-_TOKENS = 0  # the first column of the sums; then for each variant, in the order of _replacements:
+Patch = Callable[[Float[Tensor, "batch context_length width"], slice], Float[Tensor, "batch context_length width"]]
+"""What is put at a site in place of its activations on the contexts of a slice."""
+
+_TOKENS = 0  # the first column of the sums; then for each variant, in the order of the patches:
 _CE, _DELTA_CE, _KL, _AGREES = range(4)
 _PER_VARIANT = 4
 
@@ -53,18 +57,21 @@ def metrics(
     """
     if tokens.shape[1] - 1 - first_position < 1:
         raise ValueError(f"contexts of {tokens.shape[1]} tokens leave no prediction to count; harvest longer contexts")
-    replacements = _replacements(autoencoder, mean, first_position)
-    sums = _sums(subject, site, tokens, clusters_of(documents), replacements, first_position)
+    patches: dict[str, Patch] = {
+        "": lambda x, _: autoencoder(x),
+        "_mean_ablation": lambda x, _: mean.to(x.device, x.dtype).expand_as(x),
+        "_zero_ablation": lambda x, _: torch.zeros_like(x),
+    }
+    sums = sums_of(subject, site, tokens, clusters_of(documents), list(patches.values()), first_position)
     n = int(sums[:, _TOKENS].sum())
 
     def metric(name: str, statistic: Statistic, unit: str) -> Metric:
         return as_metric(name, bootstrap(sums, statistic, n_resamples=n_resamples, seed=seed), unit=unit, n=n)
 
     found = [metric("ce_original", ratio(_column(0, _CE), _TOKENS), "nats per token")]
-    for variant, name in enumerate(replacements):
-        suffix = "" if name == "recons" else f"_{name}"
-        found.append(metric(f"delta_ce{suffix}", ratio(_column(variant, _DELTA_CE), _TOKENS), "nats per token"))
-        found.append(metric(f"kl{suffix}", ratio(_column(variant, _KL), _TOKENS), "nats per token"))
+    for variant, suffix in enumerate(patches):
+        names = f"delta_ce{suffix}", f"kl{suffix}"
+        found += delta_ce_and_kl(sums, variant, names, n_resamples=n_resamples, seed=seed)
     found.append(metric("top1_agreement", ratio(_column(0, _AGREES), _TOKENS), "fraction of tokens"))
     for variant, name in ((1, "loss_recovered_mean"), (2, "loss_recovered_zero")):
         recovered = _recovered(_column(0, _DELTA_CE), _column(variant, _DELTA_CE))
@@ -72,45 +79,58 @@ def metrics(
     return found
 
 
-def _replacements(autoencoder: Autoencoder, mean: Tensor, first_position: int) -> dict[str, Replace]:
-    """What is put at the site, by variant; the positions before `first_position` stay as they are."""
-
-    def patched(new: Callable[[Tensor], Tensor]) -> Replace:
-        return lambda x: torch.cat([x[:, :first_position], new(x[:, first_position:])], dim=1)
-
-    return {
-        "recons": patched(autoencoder),
-        "mean_ablation": patched(lambda x: mean.to(x.device, x.dtype).expand_as(x)),
-        "zero_ablation": patched(torch.zeros_like),
-    }
-
-
 @torch.no_grad()
-def _sums(
+def sums_of(
     subject: Subject,
     site: Site,
-    tokens: Tensor,
-    clusters: Tensor,
-    replacements: dict[str, Replace],
+    tokens: Int[Tensor, "n_contexts context_length"],
+    clusters: Int[Tensor, " n_contexts"],
+    patches: list[Patch],
     first_position: int,
 ) -> Float[Tensor, "n_clusters n_sums"]:
-    """Float64 sums over the predictions of each cluster: 1, then CE, ΔCE, KL, [same top token] of each variant."""
+    """Float64 sums over the predictions of each cluster: 1, then CE, ΔCE, KL, [same top token] of each patch.
+
+    The positions before `first_position` are not patched.
+    """
     context_length = tokens.shape[1]
     largest = max(1, _LOGITS_BYTES // (4 * subject.vocab_size * context_length))
     batch = -(-len(tokens) // -(-len(tokens) // largest))  # as few batches as fit, of nearly equal size
     starts, each = range(0, len(tokens), batch), batch * context_length
-    sums = torch.zeros(int(clusters.max()) + 1, _column(len(replacements), 0), dtype=torch.float64)
+    sums = torch.zeros(int(clusters.max()) + 1, _column(len(patches), 0), dtype=torch.float64)
+
+    def replace(x: Tensor, patch: Patch, rows: slice) -> Tensor:
+        return torch.cat([x[:, :first_position], patch(x[:, first_position:], rows)], dim=1)
+
     for start in progress(starts, "downstream", "tok", total=len(starts) * each, each=each):
-        part = tokens[start : start + batch]
+        rows = slice(start, start + batch)
+        part = tokens[rows]
         with _lower_blocks_run_once(subject, site):
             original = subject.logits(part)
-            compared = [
-                _compare(original, subject.run_with(part, site, replace), part, first_position)
-                for replace in replacements.values()
-            ]
+            compared = []
+            for patch in patches:
+                patched = subject.run_with(part, site, functools.partial(replace, patch=patch, rows=rows))
+                compared.append(_compare(original, patched, part, first_position))
         ones = torch.ones(*compared[0].shape[:2], 1, dtype=torch.float64)
-        sums.index_add_(0, clusters[start : start + batch], torch.cat([ones, *compared], dim=-1).sum(1))
+        sums.index_add_(0, clusters[rows], torch.cat([ones, *compared], dim=-1).sum(1))
     return sums
+
+
+def delta_ce_and_kl(
+    sums: Float[Tensor, "n_clusters n_sums"],
+    variant: int,
+    names: tuple[str, str],
+    *,
+    unit: str = "nats per token",
+    n_resamples: int,
+    seed: int,
+) -> list[Metric]:
+    """The two numbers of one patch of `sums_of`, under their names."""
+    n = int(sums[:, _TOKENS].sum())
+    found = []
+    for name, which in zip(names, (_DELTA_CE, _KL), strict=True):
+        interval = bootstrap(sums, ratio(_column(variant, which), _TOKENS), n_resamples=n_resamples, seed=seed)
+        found.append(as_metric(name, interval, unit=unit, n=n))
+    return found
 
 
 def _compare(
