@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -28,9 +28,33 @@ from monosem.types import LOCATIONS, Metric, Site
 _LOGITS_BYTES = 1 << 28  # of one forward; two are alive at once
 _SLICE_BYTES = 1 << 22  # of the logits compared at once: the passes over the vocabulary then stay in the caches
 
-_TOKENS = 0  # the first column of the sums; then for each variant, in the order of _replacements:
+_TOKENS = 0  # the first column of the sums; then for each variant:
 _CE, _DELTA_CE, _KL, _AGREES = range(4)
 _PER_VARIANT = 4
+
+
+class Losses(NamedTuple):
+    """Float64 sums over the predictions of each cluster: 1, then CE, ΔCE, KL, [same top token] of each variant."""
+
+    sums: Float[Tensor, "n_clusters n_sums"]
+    variants: tuple[str, ...]
+
+    @property
+    def n(self) -> int:
+        """Predictions counted."""
+        return int(self.sums[:, _TOKENS].sum())
+
+    def ce(self) -> Statistic:
+        """Mean CE of the subject as it is."""
+        return ratio(_column(0, _CE), _TOKENS)
+
+    def delta_ce(self, variant: str) -> Statistic:
+        """Mean ΔCE of a variant."""
+        return ratio(_column(self.variants.index(variant), _DELTA_CE), _TOKENS)
+
+    def kl(self, variant: str) -> Statistic:
+        """Mean KL of a variant."""
+        return ratio(_column(self.variants.index(variant), _KL), _TOKENS)
 
 
 def metrics(
@@ -51,50 +75,56 @@ def metrics(
     counted. Intervals resample documents, the same ones for every number. `ValueError` when a context leaves no
     prediction to count, or a number is not finite.
     """
-    if tokens.shape[1] - 1 - first_position < 1:
-        raise ValueError(f"contexts of {tokens.shape[1]} tokens leave no prediction to count; harvest longer contexts")
-    replacements = _replacements(autoencoder, mean, first_position)
-    sums = _sums(subject, site, tokens, clusters_of(documents), replacements, first_position)
-    n = int(sums[:, _TOKENS].sum())
+    found = losses(subject, site, tokens, documents, replacements(autoencoder, mean, first_position), first_position)
+    return metrics_of(found, n_resamples=n_resamples, seed=seed)
+
+
+def metrics_of(found: Losses, *, n_resamples: int, seed: int) -> list[Metric]:
+    """The metrics of `metrics`, given the losses with the variants of `replacements`."""
 
     def metric(name: str, statistic: Statistic, unit: str) -> Metric:
-        return as_metric(name, bootstrap(sums, statistic, n_resamples=n_resamples, seed=seed), unit=unit, n=n)
+        interval = bootstrap(found.sums, statistic, n_resamples=n_resamples, seed=seed)
+        return as_metric(name, interval, unit=unit, n=found.n)
 
-    found = [metric("ce_original", ratio(_column(0, _CE), _TOKENS), "nats per token")]
-    for variant, name in enumerate(replacements):
+    numbers = [metric("ce_original", found.ce(), "nats per token")]
+    for name in found.variants:
         suffix = "" if name == "recons" else f"_{name}"
-        found.append(metric(f"delta_ce{suffix}", ratio(_column(variant, _DELTA_CE), _TOKENS), "nats per token"))
-        found.append(metric(f"kl{suffix}", ratio(_column(variant, _KL), _TOKENS), "nats per token"))
-    found.append(metric("top1_agreement", ratio(_column(0, _AGREES), _TOKENS), "fraction of tokens"))
+        numbers.append(metric(f"delta_ce{suffix}", found.delta_ce(name), "nats per token"))
+        numbers.append(metric(f"kl{suffix}", found.kl(name), "nats per token"))
+    numbers.append(metric("top1_agreement", ratio(_column(0, _AGREES), _TOKENS), "fraction of tokens"))
     for variant, name in ((1, "loss_recovered_mean"), (2, "loss_recovered_zero")):
         recovered = _recovered(_column(0, _DELTA_CE), _column(variant, _DELTA_CE))
-        found.append(metric(name, recovered, "fraction of the ablation's delta_ce"))
-    return found
+        numbers.append(metric(name, recovered, "fraction of the ablation's delta_ce"))
+    return numbers
 
 
-def _replacements(autoencoder: Autoencoder, mean: Tensor, first_position: int) -> dict[str, Replace]:
-    """What is put at the site, by variant; the positions before `first_position` stay as they are."""
-
-    def patched(new: Callable[[Tensor], Tensor]) -> Replace:
-        return lambda x: torch.cat([x[:, :first_position], new(x[:, first_position:])], dim=1)
-
+def replacements(autoencoder: Autoencoder, mean: Float[Tensor, " width"], first_position: int) -> dict[str, Replace]:
+    """What is put at the site, by variant: recons, mean_ablation, zero_ablation."""
     return {
-        "recons": patched(autoencoder),
-        "mean_ablation": patched(lambda x: mean.to(x.device, x.dtype).expand_as(x)),
-        "zero_ablation": patched(torch.zeros_like),
+        "recons": patched(autoencoder, first_position),
+        "mean_ablation": patched(lambda x: mean.to(x.device, x.dtype).expand_as(x), first_position),
+        "zero_ablation": patched(torch.zeros_like, first_position),
     }
 
 
+def patched(new: Callable[[Tensor], Tensor], first_position: int) -> Replace:
+    """`new` of the activations; the positions before `first_position` stay as they are."""
+    return lambda x: torch.cat([x[:, :first_position], new(x[:, first_position:])], dim=1)
+
+
 @torch.no_grad()
-def _sums(
+def losses(
     subject: Subject,
     site: Site,
-    tokens: Tensor,
-    clusters: Tensor,
+    tokens: Int[Tensor, "n_contexts context_length"],
+    documents: Int[Tensor, "n_contexts context_length"],
     replacements: dict[str, Replace],
     first_position: int,
-) -> Float[Tensor, "n_clusters n_sums"]:
-    """Float64 sums over the predictions of each cluster: 1, then CE, ΔCE, KL, [same top token] of each variant."""
+) -> Losses:
+    """What the subject loses with each of `replacements` at the site; one pass over the text for all of them."""
+    if tokens.shape[1] - 1 - first_position < 1:
+        raise ValueError(f"contexts of {tokens.shape[1]} tokens leave no prediction to count; harvest longer contexts")
+    clusters = clusters_of(documents)
     context_length = tokens.shape[1]
     largest = max(1, _LOGITS_BYTES // (4 * subject.vocab_size * context_length))
     batch = -(-len(tokens) // -(-len(tokens) // largest))  # as few batches as fit, of nearly equal size
@@ -102,7 +132,7 @@ def _sums(
     sums = torch.zeros(int(clusters.max()) + 1, _column(len(replacements), 0), dtype=torch.float64)
     for start in progress(starts, "downstream", "tok", total=len(starts) * each, each=each):
         part = tokens[start : start + batch]
-        with _lower_blocks_run_once(subject, site):
+        with lower_blocks_run_once(subject, site):
             original = subject.logits(part)
             compared = [
                 _compare(original, subject.run_with(part, site, replace), part, first_position)
@@ -110,7 +140,7 @@ def _sums(
             ]
         ones = torch.ones(*compared[0].shape[:2], 1, dtype=torch.float64)
         sums.index_add_(0, clusters[start : start + batch], torch.cat([ones, *compared], dim=-1).sum(1))
-    return sums
+    return Losses(sums, tuple(replacements))
 
 
 def _compare(
@@ -135,7 +165,7 @@ def _compare(
 
 
 @contextlib.contextmanager
-def _lower_blocks_run_once(subject: Subject, site: Site) -> Iterator[None]:
+def lower_blocks_run_once(subject: Subject, site: Site) -> Iterator[None]:
     """While open, and for one batch of tokens, the blocks below the site's compute once what every forward shares.
 
     The first forward keeps what the last of them returns; from then on each of them returns that at once. What they
