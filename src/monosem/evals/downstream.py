@@ -12,8 +12,9 @@ every sum. Position t predicts token t + 1, so a context of T tokens gives T - 2
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -22,39 +23,18 @@ from torch import Tensor, nn
 from monosem.evals.bootstrap import Statistic, as_metric, bootstrap, clusters_of, ratio
 from monosem.logs import progress
 from monosem.model import Autoencoder
-from monosem.subject import FAMILIES, Replace, Subject
+from monosem.subject import FAMILIES, Subject
 from monosem.types import LOCATIONS, Metric, Site
 
 _LOGITS_BYTES = 1 << 28  # of one forward; two are alive at once
 _SLICE_BYTES = 1 << 22  # of the logits compared at once: the passes over the vocabulary then stay in the caches
 
-_TOKENS = 0  # the first column of the sums; then for each variant:
+Patch = Callable[[Float[Tensor, "batch context_length width"], slice], Float[Tensor, "batch context_length width"]]
+"""What is put at a site in place of its activations on the contexts of a slice."""
+
+_TOKENS = 0  # the first column of the sums; then for each variant, in the order of the patches:
 _CE, _DELTA_CE, _KL, _AGREES = range(4)
 _PER_VARIANT = 4
-
-
-class Losses(NamedTuple):
-    """Float64 sums over the predictions of each cluster: 1, then CE, ΔCE, KL, [same top token] of each variant."""
-
-    sums: Float[Tensor, "n_clusters n_sums"]
-    variants: tuple[str, ...]
-
-    @property
-    def n(self) -> int:
-        """Predictions counted."""
-        return int(self.sums[:, _TOKENS].sum())
-
-    def ce(self) -> Statistic:
-        """Mean CE of the subject as it is."""
-        return ratio(_column(0, _CE), _TOKENS)
-
-    def delta_ce(self, variant: str) -> Statistic:
-        """Mean ΔCE of a variant."""
-        return ratio(_column(self.variants.index(variant), _DELTA_CE), _TOKENS)
-
-    def kl(self, variant: str) -> Statistic:
-        """Mean KL of a variant."""
-        return ratio(_column(self.variants.index(variant), _KL), _TOKENS)
 
 
 def metrics(
@@ -75,72 +55,107 @@ def metrics(
     counted. Intervals resample documents, the same ones for every number. `ValueError` when a context leaves no
     prediction to count, or a number is not finite.
     """
-    found = losses(subject, site, tokens, documents, replacements(autoencoder, mean, first_position), first_position)
-    return metrics_of(found, n_resamples=n_resamples, seed=seed)
+    if tokens.shape[1] - 1 - first_position < 1:
+        raise ValueError(f"contexts of {tokens.shape[1]} tokens leave no prediction to count; harvest longer contexts")
+    patches = patches_of(autoencoder, mean)
+    sums = sums_of(subject, site, tokens, clusters_of(documents), list(patches.values()), first_position)
+    return metrics_of(sums, n_resamples=n_resamples, seed=seed)
 
 
-def metrics_of(found: Losses, *, n_resamples: int, seed: int) -> list[Metric]:
-    """The metrics of `metrics`, given the losses with the variants of `replacements`."""
-
-    def metric(name: str, statistic: Statistic, unit: str) -> Metric:
-        interval = bootstrap(found.sums, statistic, n_resamples=n_resamples, seed=seed)
-        return as_metric(name, interval, unit=unit, n=found.n)
-
-    numbers = [metric("ce_original", found.ce(), "nats per token")]
-    for name in found.variants:
-        suffix = "" if name == "recons" else f"_{name}"
-        numbers.append(metric(f"delta_ce{suffix}", found.delta_ce(name), "nats per token"))
-        numbers.append(metric(f"kl{suffix}", found.kl(name), "nats per token"))
-    numbers.append(metric("top1_agreement", ratio(_column(0, _AGREES), _TOKENS), "fraction of tokens"))
-    for variant, name in ((1, "loss_recovered_mean"), (2, "loss_recovered_zero")):
-        recovered = _recovered(_column(0, _DELTA_CE), _column(variant, _DELTA_CE))
-        numbers.append(metric(name, recovered, "fraction of the ablation's delta_ce"))
-    return numbers
-
-
-def replacements(autoencoder: Autoencoder, mean: Float[Tensor, " width"], first_position: int) -> dict[str, Replace]:
-    """What is put at the site, by variant: recons, mean_ablation, zero_ablation."""
+def patches_of(autoencoder: Autoencoder, mean: Float[Tensor, " width"]) -> dict[str, Patch]:
+    """The three patches of `metrics`, by the suffix of their numbers: the reconstruction's is empty."""
     return {
-        "recons": patched(autoencoder, first_position),
-        "mean_ablation": patched(lambda x: mean.to(x.device, x.dtype).expand_as(x), first_position),
-        "zero_ablation": patched(torch.zeros_like, first_position),
+        "": lambda x, _: autoencoder(x),
+        "_mean_ablation": lambda x, _: mean.to(x.device, x.dtype).expand_as(x),
+        "_zero_ablation": lambda x, _: torch.zeros_like(x),
     }
 
 
-def patched(new: Callable[[Tensor], Tensor], first_position: int) -> Replace:
-    """`new` of the activations; the positions before `first_position` stay as they are."""
-    return lambda x: torch.cat([x[:, :first_position], new(x[:, first_position:])], dim=1)
+def metrics_of(sums: Float[Tensor, "n_clusters n_sums"], *, n_resamples: int, seed: int) -> list[Metric]:
+    """What `metrics` returns, from the sums of the patches of `patches_of`."""
+    n = int(sums[:, _TOKENS].sum())
+
+    def metric(name: str, statistic: Statistic, unit: str) -> Metric:
+        return as_metric(name, bootstrap(sums, statistic, n_resamples=n_resamples, seed=seed), unit=unit, n=n)
+
+    found = [metric("ce_original", ce(), "nats per token")]
+    for variant, suffix in enumerate(("", "_mean_ablation", "_zero_ablation")):
+        names = f"delta_ce{suffix}", f"kl{suffix}"
+        found += delta_ce_and_kl(sums, variant, names, n_resamples=n_resamples, seed=seed)
+    found.append(metric("top1_agreement", ratio(_column(0, _AGREES), _TOKENS), "fraction of tokens"))
+    for variant, name in ((1, "loss_recovered_mean"), (2, "loss_recovered_zero")):
+        recovered = _recovered(_column(0, _DELTA_CE), _column(variant, _DELTA_CE))
+        found.append(metric(name, recovered, "fraction of the ablation's delta_ce"))
+    return found
 
 
 @torch.no_grad()
-def losses(
+def sums_of(
     subject: Subject,
     site: Site,
     tokens: Int[Tensor, "n_contexts context_length"],
-    documents: Int[Tensor, "n_contexts context_length"],
-    replacements: dict[str, Replace],
+    clusters: Int[Tensor, " n_contexts"],
+    patches: list[Patch],
     first_position: int,
-) -> Losses:
-    """What the subject loses with each of `replacements` at the site; one pass over the text for all of them."""
-    if tokens.shape[1] - 1 - first_position < 1:
-        raise ValueError(f"contexts of {tokens.shape[1]} tokens leave no prediction to count; harvest longer contexts")
-    clusters = clusters_of(documents)
+) -> Float[Tensor, "n_clusters n_sums"]:
+    """Float64 sums over the predictions of each cluster: 1, then CE, ΔCE, KL, [same top token] of each patch.
+
+    The positions before `first_position` are not patched.
+    """
     context_length = tokens.shape[1]
     largest = max(1, _LOGITS_BYTES // (4 * subject.vocab_size * context_length))
     batch = -(-len(tokens) // -(-len(tokens) // largest))  # as few batches as fit, of nearly equal size
     starts, each = range(0, len(tokens), batch), batch * context_length
-    sums = torch.zeros(int(clusters.max()) + 1, _column(len(replacements), 0), dtype=torch.float64)
+    sums = torch.zeros(int(clusters.max()) + 1, _column(len(patches), 0), dtype=torch.float64)
+
+    def replace(x: Tensor, patch: Patch, rows: slice) -> Tensor:
+        return torch.cat([x[:, :first_position], patch(x[:, first_position:], rows)], dim=1)
+
     for start in progress(starts, "downstream", "tok", total=len(starts) * each, each=each):
-        part = tokens[start : start + batch]
+        rows = slice(start, start + batch)
+        part = tokens[rows]
         with lower_blocks_run_once(subject, site):
             original = subject.logits(part)
-            compared = [
-                _compare(original, subject.run_with(part, site, replace), part, first_position)
-                for replace in replacements.values()
-            ]
+            compared = []
+            for patch in patches:
+                patched = subject.run_with(part, site, functools.partial(replace, patch=patch, rows=rows))
+                compared.append(_compare(original, patched, part, first_position))
         ones = torch.ones(*compared[0].shape[:2], 1, dtype=torch.float64)
-        sums.index_add_(0, clusters[start : start + batch], torch.cat([ones, *compared], dim=-1).sum(1))
-    return Losses(sums, tuple(replacements))
+        sums.index_add_(0, clusters[rows], torch.cat([ones, *compared], dim=-1).sum(1))
+    return sums
+
+
+def ce() -> Statistic:
+    """Mean CE of the subject as it is, from the sums of `sums_of`."""
+    return ratio(_column(0, _CE), _TOKENS)
+
+
+def delta_ce(variant: int) -> Statistic:
+    """Mean ΔCE of a patch, given its number, from the sums of `sums_of`."""
+    return ratio(_column(variant, _DELTA_CE), _TOKENS)
+
+
+def n_predictions(sums: Float[Tensor, "n_clusters n_sums"]) -> int:
+    """How many predictions the sums of `sums_of` hold."""
+    return int(sums[:, _TOKENS].sum())
+
+
+def delta_ce_and_kl(
+    sums: Float[Tensor, "n_clusters n_sums"],
+    variant: int,
+    names: tuple[str, str],
+    *,
+    unit: str = "nats per token",
+    n_resamples: int,
+    seed: int,
+) -> list[Metric]:
+    """The two numbers of one patch of `sums_of`, under their names."""
+    n = int(sums[:, _TOKENS].sum())
+    found = []
+    for name, which in zip(names, (_DELTA_CE, _KL), strict=True):
+        interval = bootstrap(sums, ratio(_column(variant, which), _TOKENS), n_resamples=n_resamples, seed=seed)
+        found.append(as_metric(name, interval, unit=unit, n=n))
+    return found
 
 
 def _compare(
