@@ -122,7 +122,7 @@ def test_running_the_lower_blocks_once_changes_no_bit(family: str, tmp_path: Pat
     sites = [subject.site(N_LAYERS - 1, location) for location in locations]
     sites += [subject.site(0), subject.site(location=f"{blocks[family]}.2")]
     for site in sites:
-        with downstream._lower_blocks_run_once(subject, site):
+        with downstream.lower_blocks_run_once(subject, site):
             shared = [
                 subject.logits(TOKENS),
                 *(subject.run_with(TOKENS, site, r) for r in (torch.clone, torch.zeros_like)),
@@ -140,7 +140,7 @@ def test_the_lower_blocks_do_run_only_once(subject: Subject) -> None:
         n_runs += 1
 
     handle = subject.module.get_submodule("model.layers.0.mlp").register_forward_hook(count)
-    with downstream._lower_blocks_run_once(subject, subject.site()):
+    with downstream.lower_blocks_run_once(subject, subject.site()):
         subject.logits(TOKENS)
         subject.run_with(TOKENS, subject.site(), torch.zeros_like)
     assert n_runs == 1

@@ -23,6 +23,7 @@ What the locations mean, with r the residual stream entering a block:
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import hashlib
 import io
@@ -259,11 +260,12 @@ class Subject:
         return list(blocks.children())[: site.layer + (point.path == "")]
 
     def run_with(
-        self, tokens: Int[Tensor, "batch ctx"], site: Site, replace: Replace
+        self, tokens: Int[Tensor, "batch ctx"], site: Site, replace: Replace, past: Any = None
     ) -> Float[Tensor, "batch ctx vocab"]:
         """The logits when the tensor at `site` is replaced by `replace(tensor)`, for all that reads it.
 
         `replace` gets the model's dtype and may return another, of the same shape. The identity changes no bit.
+        With `past`, what `read` kept of earlier tokens, `tokens` go on from there; `past` itself stays as it is.
         """
         target, side = self._module_at(site)
         self._require_logits()
@@ -278,7 +280,7 @@ class Subject:
             return new.to(device=tensor.device, dtype=tensor.dtype)
 
         with _hook(target, side, swap):
-            logits = self._forward(tokens).logits
+            logits = self._forward(tokens, past).logits
         if not reached:
             raise ValueError(f"{site.location} of {self.name} takes no part in its forward pass; choose another site")
         return logits
@@ -289,8 +291,14 @@ class Subject:
         return self._forward(tokens).logits
 
     @torch.inference_mode()
-    def _forward(self, tokens: Tensor) -> Any:
-        """Every context is full, so no attention mask is needed; nothing is generated, so no KV cache either."""
+    def read(self, tokens: Int[Tensor, "batch ctx"]) -> Any:
+        """The keys and values of `tokens` in every layer: the `past` of `run_with`."""
+        self._require_logits()
+        return self.module.base_model(tokens.to(self.device, torch.long), use_cache=True).past_key_values  # type: ignore[operator]
+
+    @torch.inference_mode()
+    def _forward(self, tokens: Tensor, past: Any = None) -> Any:
+        """Every context is full, so no attention mask is needed; nothing is kept for later, so no KV cache either."""
         if tokens.ndim != 2 or tokens.is_floating_point() or 0 in tokens.shape:
             raise ValueError(
                 f"tokens have shape {list(tokens.shape)}, dtype {tokens.dtype}; give integers [batch, ctx]"
@@ -301,7 +309,9 @@ class Subject:
         low, high = (int(end) for end in ids.aminmax())
         if low < 0 or high >= self.vocab_size:
             raise ValueError(f"tokens run from {low} to {high}; {self.name} knows 0 to {self.vocab_size - 1}")
-        options = {"use_cache": False} if self.has_logits else {}
+        options: dict[str, Any] = {"use_cache": False} if self.has_logits else {}
+        if past is not None:
+            options = {"use_cache": True, "past_key_values": copy.deepcopy(past)}
         return self.module(ids.to(self.device), **options)
 
     @contextlib.contextmanager

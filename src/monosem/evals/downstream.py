@@ -57,19 +57,29 @@ def metrics(
     """
     if tokens.shape[1] - 1 - first_position < 1:
         raise ValueError(f"contexts of {tokens.shape[1]} tokens leave no prediction to count; harvest longer contexts")
-    patches: dict[str, Patch] = {
+    patches = patches_of(autoencoder, mean)
+    sums = sums_of(subject, site, tokens, clusters_of(documents), list(patches.values()), first_position)
+    return metrics_of(sums, n_resamples=n_resamples, seed=seed)
+
+
+def patches_of(autoencoder: Autoencoder, mean: Float[Tensor, " width"]) -> dict[str, Patch]:
+    """The three patches of `metrics`, by the suffix of their numbers: the reconstruction's is empty."""
+    return {
         "": lambda x, _: autoencoder(x),
         "_mean_ablation": lambda x, _: mean.to(x.device, x.dtype).expand_as(x),
         "_zero_ablation": lambda x, _: torch.zeros_like(x),
     }
-    sums = sums_of(subject, site, tokens, clusters_of(documents), list(patches.values()), first_position)
+
+
+def metrics_of(sums: Float[Tensor, "n_clusters n_sums"], *, n_resamples: int, seed: int) -> list[Metric]:
+    """What `metrics` returns, from the sums of the patches of `patches_of`."""
     n = int(sums[:, _TOKENS].sum())
 
     def metric(name: str, statistic: Statistic, unit: str) -> Metric:
         return as_metric(name, bootstrap(sums, statistic, n_resamples=n_resamples, seed=seed), unit=unit, n=n)
 
-    found = [metric("ce_original", ratio(_column(0, _CE), _TOKENS), "nats per token")]
-    for variant, suffix in enumerate(patches):
+    found = [metric("ce_original", ce(), "nats per token")]
+    for variant, suffix in enumerate(("", "_mean_ablation", "_zero_ablation")):
         names = f"delta_ce{suffix}", f"kl{suffix}"
         found += delta_ce_and_kl(sums, variant, names, n_resamples=n_resamples, seed=seed)
     found.append(metric("top1_agreement", ratio(_column(0, _AGREES), _TOKENS), "fraction of tokens"))
@@ -104,7 +114,7 @@ def sums_of(
     for start in progress(starts, "downstream", "tok", total=len(starts) * each, each=each):
         rows = slice(start, start + batch)
         part = tokens[rows]
-        with _lower_blocks_run_once(subject, site):
+        with lower_blocks_run_once(subject, site):
             original = subject.logits(part)
             compared = []
             for patch in patches:
@@ -113,6 +123,21 @@ def sums_of(
         ones = torch.ones(*compared[0].shape[:2], 1, dtype=torch.float64)
         sums.index_add_(0, clusters[rows], torch.cat([ones, *compared], dim=-1).sum(1))
     return sums
+
+
+def ce() -> Statistic:
+    """Mean CE of the subject as it is, from the sums of `sums_of`."""
+    return ratio(_column(0, _CE), _TOKENS)
+
+
+def delta_ce(variant: int) -> Statistic:
+    """Mean ΔCE of a patch, given its number, from the sums of `sums_of`."""
+    return ratio(_column(variant, _DELTA_CE), _TOKENS)
+
+
+def n_predictions(sums: Float[Tensor, "n_clusters n_sums"]) -> int:
+    """How many predictions the sums of `sums_of` hold."""
+    return int(sums[:, _TOKENS].sum())
 
 
 def delta_ce_and_kl(
@@ -155,7 +180,7 @@ def _compare(
 
 
 @contextlib.contextmanager
-def _lower_blocks_run_once(subject: Subject, site: Site) -> Iterator[None]:
+def lower_blocks_run_once(subject: Subject, site: Site) -> Iterator[None]:
     """While open, and for one batch of tokens, the blocks below the site's compute once what every forward shares.
 
     The first forward keeps what the last of them returns; from then on each of them returns that at once. What they

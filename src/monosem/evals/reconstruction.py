@@ -29,22 +29,47 @@ _ACTIVE, _COSINE = 1, 2  # columns of the codes' sums, beside _TOKENS
 _Pair = tuple[Tensor, Tensor]
 
 
+class ErrorSums:
+    """Float64 sums behind a normalized mean squared error, a row a cluster, in the order of the tokens.
+
+    sums: tokens, Σ‖x − x̂‖², Σ‖y‖², Σy with y = x − x_0, x_0 being the first token evaluated.
+        Σ‖x − x̄‖² = Σ‖y‖² − ‖Σy‖²/n holds for any fixed reference; one among the data keeps the difference from
+        cancelling (‖x̄‖² may be far above the variance), and the first is shared by every way to batch.
+    """
+
+    def __init__(self, n_clusters: int, d_model: int) -> None:
+        self.sums = torch.zeros(n_clusters, _SHIFT + d_model, dtype=torch.float64)
+        self._reference: Tensor | None = None
+
+    def add(
+        self,
+        clusters: Int[Tensor, " rows"],
+        x: Float[Tensor, "rows d_model"],
+        recons: Float[Tensor, "rows d_model"],
+    ) -> None:
+        x, recons = x.cpu().double(), recons.cpu().double()
+        self._reference = x[0] if self._reference is None else self._reference
+        self.sums.index_add_(0, clusters, _columns(x, recons, self._reference))
+
+    def metric(self, name: str, *, n_resamples: int, seed: int) -> Metric:
+        """Σ‖x − x̂‖² / Σ‖x − x̄‖² of the tokens added."""
+        nmse = bootstrap(self.sums, _normalized_mse, n_resamples=n_resamples, seed=seed)
+        return as_metric(name, nmse, unit="fraction of variance", n=int(self.sums[:, _TOKENS].sum()))
+
+
 class Tally:
     """Float64 sums over tokens, a row a cluster, added in the order of the tokens however they are batched.
 
-    normalised, raw: tokens, Σ‖x − x̂‖², Σ‖y‖², Σy with y = x − x_0, x_0 being the first token evaluated.
-        Σ‖x − x̄‖² = Σ‖y‖² − ‖Σy‖²/n holds for any fixed reference; one among the data keeps the difference from
-        cancelling (‖x̄‖² may be far above the variance), and the first is shared by every way to batch.
+    normalised, raw: the sums of `ErrorSums` in both spaces.
     codes: tokens, Σ(number of values > 0), Σcos(x, x̂) in the normalised space.
     n_fired: tokens on which each latent's activation exceeded FIRED_THRESHOLD.
     """
 
     def __init__(self, n_clusters: int, d_model: int, n_latents: int) -> None:
-        self.normalised = torch.zeros(n_clusters, _SHIFT + d_model, dtype=torch.float64)
-        self.raw = torch.zeros_like(self.normalised)
+        self._normalised, self._raw = ErrorSums(n_clusters, d_model), ErrorSums(n_clusters, d_model)
+        self.normalised, self.raw = self._normalised.sums, self._raw.sums
         self.codes = torch.zeros(n_clusters, 3, dtype=torch.float64)
         self.n_fired = torch.zeros(n_latents, dtype=torch.int64)
-        self._reference: _Pair | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -52,12 +77,9 @@ class Tally:
 
     def add(self, clusters: Tensor, raw: _Pair, normalised: _Pair, latents: SparseLatents) -> None:
         """Count tokens: their clusters [rows], (x, recons) [rows, d_model] in both spaces, and their latents."""
-        (x_raw, recons_raw), (x, recons) = (
-            (x.cpu().double(), recons.cpu().double()) for x, recons in (raw, normalised)
-        )
-        self._reference = self._reference or (x_raw[0], x[0])
-        self.raw.index_add_(0, clusters, _columns(x_raw, recons_raw, self._reference[0]))
-        self.normalised.index_add_(0, clusters, _columns(x, recons, self._reference[1]))
+        self._raw.add(clusters, *raw)
+        self._normalised.add(clusters, *normalised)
+        x, recons = (tensor.cpu().double() for tensor in normalised)
         cosine = torch.nn.functional.cosine_similarity(x, recons, dim=1)
         indices, values = latents.indices.cpu(), latents.values.cpu()
         active = (values > 0).sum(1).double()
