@@ -17,7 +17,7 @@ constexpr double kFired = 1e-3;        // types.FIRED_THRESHOLD
 constexpr int64_t kLatentBlock = 64;   // latents whose contribution to pre_bias is summed apart, whatever the threads
 constexpr int64_t kAuxLatents = 4096;  // latents whose AuxK gradients are held at once
 constexpr int64_t kRowBlock = 256;     // rows of a column sum, likewise
-constexpr int64_t kTileBytes = 384 << 10;  // packed rows of a block: they stay in L2 while the panels pass
+constexpr int64_t kTileBytes = 640 << 10;  // packed rows of a block: they stay in L2 while the panels pass
 
 struct Workspace {
   Buffer panels, encoder_terms, offset, places;
@@ -137,7 +137,7 @@ RowsStats run_rows(const Level& l, const RowsTask& task) {
   const int64_t tile_rows = l.tile_rows(task.precision);
   const int64_t tile_bytes = l.packed_words(task.precision, task.d_model) * 4 * tile_rows;
   const int64_t n_threads = omp_get_max_threads();
-  const int64_t most = std::clamp<int64_t>(kTileBytes / tile_bytes, 1, 20) * tile_rows;
+  const int64_t most = std::clamp<int64_t>(kTileBytes / tile_bytes, 1, 100) * tile_rows;
   const int64_t n_blocks = ceil_div(ceil_div(task.n_rows, most), n_threads) * n_threads;
   const int64_t rows = ceil_div(ceil_div(task.n_rows, n_blocks), tile_rows) * tile_rows;
   std::vector<float> starts(static_cast<size_t>(n_threads), 0.0f);
