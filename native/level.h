@@ -132,7 +132,7 @@ struct Level {
   int64_t (*pack_scratch_bytes)(Precision, int64_t d_model);
 
   /// Rows [begin, end) of a task, at most `block_rows` of them, by one thread. `start` passes from block to block of a
-  /// thread, 0 at first: the share of its norm at which a row's threshold starts (README, "Warm thresholds").
+  /// thread: the share of its norm at which a row's threshold starts (README, "Warm thresholds"), 0 to start cold.
   void (*rows)(const RowsTask&, int64_t begin, int64_t end, void* scratch, float& start, RowsStats&);
   int64_t (*rows_scratch_bytes)(const RowsTask&, int64_t block_rows);
 

@@ -72,8 +72,7 @@ inline void pack_words(const uint32_t* rows, int64_t pitch, int64_t steps, uint3
 /// Products of pairs summed into fp32 by tdpbf16ps.
 struct Bf16Product : Bf16Rows<kWords> {
   static constexpr int kRows = 32;
-  static constexpr bool kInMemory = true;
-  static constexpr int64_t kSlice = 384;
+  static constexpr int64_t kSlice = 128;
   using Registers = TileRegisters;
 
   static void pack_tile(const uint32_t* rows, int64_t pitch, int64_t steps, uint32_t* out) {
@@ -88,8 +87,7 @@ struct Bf16Product : Bf16Rows<kWords> {
 /// Products of fours summed into int32 by tdpbssd.
 struct Int8Product : Int8Rows<kWords> {
   static constexpr int kRows = 32;
-  static constexpr bool kInMemory = true;
-  static constexpr int64_t kSlice = 384;
+  static constexpr int64_t kSlice = 128;
   using Registers = TileRegisters;
 
   static void pack_tile(const uint32_t* rows, int64_t pitch, int64_t steps, uint32_t* out) {

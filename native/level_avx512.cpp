@@ -18,7 +18,6 @@ namespace {
 /// Products of pairs summed into fp32 by vdpbf16ps.
 struct Bf16Product : Bf16Rows<1> {
   static constexpr int kRows = kTileRows;
-  static constexpr bool kInMemory = false;
   static constexpr int64_t kSlice = 192;
   using Registers = NoRegisters;
 
@@ -29,23 +28,25 @@ struct Bf16Product : Bf16Rows<1> {
   static inline void convert(Vec (&)[kRows][2], const PackedEncoder&, int64_t, const float*) {}
 
   static inline __attribute__((always_inline)) void multiply(const uint32_t* tile, const uint32_t* panel, int64_t steps,
-                                                              Vec (&acc)[kRows][2]) {
+                                                              Vec (&sums)[kRows][2], bool resumes) {
+    __m512 acc[kRows][2];
+    begin_sums(acc, sums, resumes);
     for (int64_t s = 0; s < steps; ++s, tile += kRows, panel += kPanel) {
       const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel), w1 = (__m512bh)_mm512_loadu_si512(panel + kLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(tile[r]));
-        acc[r][0] = (Vec)_mm512_dpbf16_ps((__m512)acc[r][0], x, w0);
-        acc[r][1] = (Vec)_mm512_dpbf16_ps((__m512)acc[r][1], x, w1);
+        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], x, w0);
+        acc[r][1] = _mm512_dpbf16_ps(acc[r][1], x, w1);
       }
     }
+    end_sums(acc, sums);
   }
 };
 
 /// Products of fours summed into int32 by vpdpbusd, which multiplies unsigned by signed: rows of x are shifted by 128.
 struct Int8Product : Int8Rows<1> {
   static constexpr int kRows = kTileRows;
-  static constexpr bool kInMemory = false;
   static constexpr int64_t kSlice = 192;
   using Registers = NoRegisters;
 
@@ -54,28 +55,20 @@ struct Int8Product : Int8Rows<1> {
   }
 
   static inline __attribute__((always_inline)) void multiply(const uint32_t* tile, const uint32_t* panel, int64_t steps,
-                                                              Vec (&acc)[kRows][2]) {
-    __m512i sums[kRows][2];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      sums[r][0] = (__m512i)acc[r][0];
-      sums[r][1] = (__m512i)acc[r][1];
-    }
+                                                              Vec (&sums)[kRows][2], bool resumes) {
+    __m512i acc[kRows][2];
+    begin_sums(acc, sums, resumes);
     for (int64_t s = 0; s < steps; ++s, tile += kRows, panel += kPanel) {
       const __m512i w0 = _mm512_loadu_si512(panel), w1 = _mm512_loadu_si512(panel + kLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const __m512i x = _mm512_set1_epi32(static_cast<int>(tile[r]));
         // Written out because the compiler spills the accumulators of the intrinsic.
-        asm("vpdpbusd %2, %1, %0" : "+v"(sums[r][0]) : "v"(x), "v"(w0));
-        asm("vpdpbusd %2, %1, %0" : "+v"(sums[r][1]) : "v"(x), "v"(w1));
+        asm("vpdpbusd %2, %1, %0" : "+v"(acc[r][0]) : "v"(x), "v"(w0));
+        asm("vpdpbusd %2, %1, %0" : "+v"(acc[r][1]) : "v"(x), "v"(w1));
       }
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      acc[r][0] = (Vec)sums[r][0];
-      acc[r][1] = (Vec)sums[r][1];
-    }
+    end_sums(acc, sums);
   }
 
   static inline __attribute__((always_inline)) void convert(Vec (&acc)[kRows][2], const PackedEncoder& packed,

@@ -8,9 +8,10 @@
 //     words(d)                           steps of a row of d numbers
 //     round(row, d, words, bound)        packs one row and says what rounding it cost
 //     pack_tile(rows, pitch, steps, out) kRows packed rows as a tile
-//     multiply(tile, panel, steps, acc)  acc[r][v] += the product of row r with latents v kLanes ... (v + 1) kLanes;
-//                                        kInMemory: acc is in memory, and set instead unless a last argument says so
-//     convert(acc, packed, first, scale) acc in real units; int8 counts in products of the two scales
+//     multiply(tile, panel, steps, sums, resumes)
+//                                        sums[r][v] = the product of row r with latents v kLanes ... (v + 1) kLanes, and
+//                                        what sums[r][v] was before if it `resumes`
+//     convert(sums, packed, first, scale) sums in real units; int8 counts in products of the two scales
 
 constexpr int64_t kPanel = 2 * kLanes;
 
@@ -44,10 +45,27 @@ struct NoRegisters {
   ~NoRegisters() {}
 };
 
+/// Accumulators of a register tile from the sums so far, and back.
+template <class Lanes, int kRows>
+inline __attribute__((always_inline)) void begin_sums(Lanes (&acc)[kRows][2], const Vec (&sums)[kRows][2], bool resumes) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    acc[r][0] = resumes ? (Lanes)sums[r][0] : Lanes{};
+    acc[r][1] = resumes ? (Lanes)sums[r][1] : Lanes{};
+  }
+}
+template <class Lanes, int kRows>
+inline __attribute__((always_inline)) void end_sums(const Lanes (&acc)[kRows][2], Vec (&sums)[kRows][2]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    sums[r][0] = (Vec)acc[r][0];
+    sums[r][1] = (Vec)acc[r][1];
+  }
+}
+
 struct Fp32Product {
   using Registers = NoRegisters;
   static constexpr int kRows = kTileRows;
-  static constexpr bool kInMemory = false;
   static constexpr int64_t kSlice = 192;
 
   static int64_t words(int64_t d) { return d; }
@@ -64,7 +82,9 @@ struct Fp32Product {
   static inline void convert(Vec (&)[kRows][2], const PackedEncoder&, int64_t, const float*) {}
 
   static inline __attribute__((always_inline)) void multiply(const uint32_t* tile, const uint32_t* panel, int64_t steps,
-                                                              Vec (&acc)[kRows][2]) {
+                                                              Vec (&sums)[kRows][2], bool resumes) {
+    Vec acc[kRows][2];
+    begin_sums(acc, sums, resumes);
     const float* x = reinterpret_cast<const float*>(tile);
     const float* w = reinterpret_cast<const float*>(panel);
     for (int64_t s = 0; s < steps; ++s, x += kRows, w += kPanel) {
@@ -76,6 +96,7 @@ struct Fp32Product {
         acc[r][1] = fma(xr, w1, acc[r][1]);
       }
     }
+    end_sums(acc, sums);
   }
 };
 

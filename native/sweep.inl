@@ -148,18 +148,13 @@ void sweep(const Block& block, Candidates& top, Candidates* aux, const uint32_t*
       const bool ends = step + Product::kSlice >= block.steps;
       const int64_t n_steps = ends ? block.steps - step : Product::kSlice;
       const uint32_t* panel = block.packed->panels + (p * block.steps + step) * kPanel;
+      const uint32_t* next = panel + n_steps * kPanel;
+      const int64_t share = (n_steps * kPanel / n_tiles + 15) / 16 * 16;
       for (int64_t i = 0; i < n_tiles; ++i) {
+        for (int64_t word = i * share; word < (i + 1) * share; word += 16) __builtin_prefetch(next + word, 0, 2);
         const uint32_t* tile = block.tiles + (which[i] * block.steps + step) * kRows;
-        if constexpr (Product::kInMemory) {
-          Product::multiply(tile, panel, n_steps, sums[i].of, step > 0);
-          if (ends) compare<Product>(block, bounds, top, aux, which[i], p * kPanel, sums[i].of);
-        } else {
-          Vec acc[kRows][2] = {};
-          if (step > 0) memcpy(acc, sums[i].of, sizeof acc);
-          Product::multiply(tile, panel, n_steps, acc);
-          if (ends) compare<Product>(block, bounds, top, aux, which[i], p * kPanel, acc);
-          else memcpy(sums[i].of, acc, sizeof acc);
-        }
+        Product::multiply(tile, panel, n_steps, sums[i].of, step > 0);
+        if (ends) compare<Product>(block, bounds, top, aux, which[i], p * kPanel, sums[i].of);
       }
     }
   }
