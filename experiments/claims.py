@@ -37,12 +37,12 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
     "lr": [{"n_latents": 8192, "lr": lr} for lr in LRS],
     # dead latents: tied initialisation x AuxK, at the lr the group above prefers
     "dead": [{"n_latents": 8192, "tied_init": tied, "auxk": auxk} for tied in (True, False) for auxk in (None, 0)],
-    # TopK against ReLU + L1 at equal L0: every l1_coef at one lr, then more lrs at those that bracket L0 = k
+    # TopK against ReLU + L1 at equal L0: every sparsity_coef at one lr, then more lrs at those that bracket L0 = k
     "topk": [{"n_latents": 2048, "lr": lr} for lr in LRS],
     "relu": [
-        {"n_latents": 2048, "activation": "relu", "lr": lr, "l1_coef": l1_coef, "l1_warmup_steps": 200}
-        for lr, l1_coefs in ((2e-3, L1_COEFS), (1e-3, L1_COEFS[2:4]), (4e-3, L1_COEFS[1:3]), (8e-3, L1_COEFS[:3]))
-        for l1_coef in l1_coefs
+        {"n_latents": 2048, "activation": "relu", "lr": lr, "sparsity_coef": coef, "sparsity_warmup_steps": 200}
+        for lr, coefs in ((2e-3, L1_COEFS), (1e-3, L1_COEFS[2:4]), (4e-3, L1_COEFS[1:3]), (8e-3, L1_COEFS[:3]))
+        for coef in coefs
     ],
 }
 
@@ -52,7 +52,7 @@ COLUMNS = (
     "n_latents",
     "k",
     "lr",
-    "l1_coef",
+    "sparsity_coef",
     "tied_init",
     "auxk",
     "seed",
@@ -110,7 +110,8 @@ def row(group: str, config: TrainConfig, store: ActivationStore) -> dict[str, An
     nmse = metrics["normalized_mse"]
     return {
         "group": group,
-        **{name: getattr(config, name) for name in ("activation", "n_latents", "k", "l1_coef", "tied_init", "seed")},
+        **{name: getattr(config, name) for name in ("activation", "n_latents", "k", "sparsity_coef", "tied_init")},
+        "seed": config.seed,
         "lr": facts["recipe"]["lr"],
         "auxk": facts["recipe"]["auxk"],
         **{name: facts[name] for name in ("tokens_seen", "distinct_tokens", "weights", "impl")},

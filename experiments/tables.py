@@ -103,10 +103,10 @@ def dead() -> str:
 def frontier() -> str:
     """Every run of both activation functions, and what they say at equal L0."""
     rows = [
-        [r["activation"], f"{float(r['lr']):g}", f"{float(r['l1_coef']):g}", f"{float(r['l0']):.1f}", *quality(r)]
-        for r in runs("topk") + sorted(runs("relu"), key=lambda r: (float(r["lr"]), float(r["l1_coef"])))
+        [r["activation"], f"{float(r['lr']):g}", f"{float(r['sparsity_coef']):g}", f"{float(r['l0']):.1f}", *quality(r)]
+        for r in runs("topk") + sorted(runs("relu"), key=lambda r: (float(r["lr"]), float(r["sparsity_coef"])))
     ]
-    return markdown(["activation", "lr", "l1_coef", "L0", *QUALITY], rows) + "\n\n" + verdict()
+    return markdown(["activation", "lr", "sparsity_coef", "L0", *QUALITY], rows) + "\n\n" + verdict()
 
 
 def verdict() -> str:

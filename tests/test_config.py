@@ -27,7 +27,8 @@ CONFIGS = [
     EvalConfig(run="run"),
     RunConfig(),
     HarvestConfig(out="store", layer=3, revision="main", dtype="float32"),
-    TrainConfig(out="run", store="store", activation="relu", l1_coef=0.1, lr=1e-3, ema=0.0, clip_norm=1.0),
+    TrainConfig(out="run", store="store", activation="relu", sparsity_coef=0.1, lr=1e-3, ema=0.0, clip_norm=1.0),
+    TrainConfig(out="run", store="store", activation="prolu", activation_options={"ste": 0.0}),
     RunConfig(out="elsewhere", train=TrainConfig(out="", store="", n_latents=64, k=4)),
 ]
 
@@ -66,6 +67,11 @@ def test_an_integer_may_stand_for_a_float_in_json_and_becomes_one() -> None:
     config = from_dict(TrainConfig, {**to_dict(train()), "lr": 1})
     assert config.lr == 1.0
     assert type(config.lr) is float
+    prolu = train(activation="prolu", activation_options={"ste": 0})
+    options = from_dict(TrainConfig, to_dict(prolu)).activation_options
+    assert options == {"ste": 0.0} and type(options["ste"]) is float
+    with pytest.raises(ValueError, match=r"activation_options\.ste is '1'; it must be float"):
+        from_dict(TrainConfig, {**to_dict(prolu), "activation_options": {"ste": "1"}})
 
 
 @pytest.mark.parametrize("config", CONFIGS[:4], ids=lambda config: type(config).__name__)
@@ -101,7 +107,8 @@ def test_from_dict_refuses_any_missing_key(config: Any) -> None:
         ("auxk_coef", True, "float"),
         ("tied_init", 1, "bool"),
         ("out", 3, "str"),
-        ("activation", "gelu", "topk, relu"),
+        ("activation", 3, "str"),
+        ("activation_options", 3, "a JSON object"),
         ("precision", "fp16", "fp32, bf16, int8"),
         ("impl", None, "auto, reference, torch, native"),
     ],
@@ -154,16 +161,16 @@ def test_harvest_config_says_what_is_wrong(changes: dict[str, Any], message: str
         ({"log_every_steps": 0}, "log_every_steps is 0; it must be at least 1"),
         *(
             ({name: -1}, f"{name} is -1; it must be at least 0")
-            for name in ("lr_warmup_steps", "l1_warmup_steps", "auxk_coef", "l1_coef", "save_every_s")
+            for name in ("lr_warmup_steps", "sparsity_warmup_steps", "auxk_coef", "sparsity_coef", "save_every_s")
         ),
         ({"auxk_coef": float("nan")}, "auxk_coef is nan; it must be at least 0"),
-        ({"activation": "gelu"}, "activation is 'gelu'; choose one of topk, relu"),
+        ({"activation": "gelu"}, "activation is 'gelu'; choose one of batch_topk, .*prolu, relu, topk"),
         ({"impl": "cuda"}, "impl is 'cuda'; choose one of auto, reference, torch, native"),
         ({"precision": "int4"}, "precision is 'int4'; choose one of auto, fp32, bf16, int8"),
         ({"k": 65, "n_latents": 64}, "k is 65 but there are only 64 latents; lower k or raise n_latents"),
-        ({"l1_coef": 0.1}, "l1_coef has no effect with activation=topk"),
+        ({"sparsity_coef": 0.1}, "sparsity_coef has no effect with activation=topk"),
         ({"activation": "relu", "auxk": 8}, "auxk has no effect with activation=relu"),
-        ({"l1_warmup_steps": 5}, "l1_warmup_steps has no effect without l1_coef"),
+        ({"sparsity_warmup_steps": 5}, "sparsity_warmup_steps has no effect without sparsity_coef"),
         ({"activation": "relu", "auxk_coef": 0.5}, "auxk_coef has no effect without AuxK"),
         ({"auxk": 0, "auxk_coef": 0.5}, "auxk_coef has no effect without AuxK"),
         ({"impl": "reference", "precision": "bf16"}, "precision=bf16 has no effect"),
@@ -215,7 +222,7 @@ def test_run_config_refuses_a_folder_of_a_stage(stage: dict[str, Any]) -> None:
 
 def test_what_is_allowed_at_the_edge_builds() -> None:
     train(k=64, n_latents=64, ema=0.0, auxk=0, auxk_coef=0.0, n_tokens=5, batch_size=5)
-    train(activation="relu", k=10**6, n_latents=8, auxk=0, l1_coef=0.1, l1_warmup_steps=1, seed=2**63 - 1)
+    train(activation="relu", n_latents=8, auxk=0, sparsity_coef=0.1, sparsity_warmup_steps=1, seed=2**63 - 1)
     harvest(context_length=2, layer=0)
     EvalConfig(run="run", n_bootstrap=20)
 

@@ -28,7 +28,7 @@ class Planted(Autoencoder):
         self.rebuild, self.indices, self.values = rebuild, torch.tensor(indices), torch.tensor(values)
         self.x = torch.empty(0)
 
-    def encode(self, x: Tensor) -> SparseLatents:
+    def encode(self, x: Tensor, *, k: int | None = None, threshold: float | None = None) -> SparseLatents:
         self.x = x
         return SparseLatents(self.indices.repeat(len(x), 1), self.values.repeat(len(x), 1), N_LATENTS)
 

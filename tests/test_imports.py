@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("types",),
     ("losses",),
     ("kernels",),
+    ("variants",),
     ("model",),
     ("step", "subject", "tokens"),
     ("checkpoint", "activations"),

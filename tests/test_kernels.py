@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from monosem.kernels import reference, torch_sparse
 from monosem.types import LossSpec, OptimizerState, SparseLatents, StepGradients, UpdateSpec, Weights
 
-SPEC = LossSpec(k=5, mse_scale=0.7, auxk=8, auxk_coef=0.25, l1_coef=0.3)
+SPEC = LossSpec(k=5, mse_scale=0.7, auxk=8, auxk_coef=0.25, sparsity_coef=0.3)
 # tokens, d_model, n_latents, k, auxk, share of dead latents
 SHAPES = [
     (1, 1, 1, 1, 1, 0.0),
@@ -85,6 +85,50 @@ def test_encode_and_decode_agree_at_any_shape(tokens: int, d_model: int, n_laten
     torch.testing.assert_close(torch_sparse.decode(got, weights), reference.decode(want, weights))
     want, got = reference.relu_encode(x, weights), torch_sparse.relu_encode(x, weights)
     torch.testing.assert_close(reference.dense(got), reference.dense(want))
+    threshold = torch.randn(n_latents, generator=torch.Generator().manual_seed(3))
+    want, got = (kernel.threshold_encode(x, weights, threshold) for kernel in (reference, torch_sparse))
+    torch.testing.assert_close(reference.dense(got), reference.dense(want))
+    assert (got.values[:, 1:] <= got.values[:, :-1]).all()
+
+
+def test_threshold_encode_keeps_what_is_above_the_threshold_and_above_zero() -> None:
+    x, weights = make(19, 13, 77)
+    threshold = torch.linspace(-1, 2, 77)
+    pre = reference.pre_activations(x, weights)
+    kept = reference.dense(reference.threshold_encode(x, weights, threshold))
+    assert torch.equal(kept, pre.where((pre > threshold) & (pre > 0), torch.zeros(())))
+
+
+def some_latents(x: torch.Tensor, weights: Weights, seed: int = 5) -> SparseLatents:
+    """Some positive pre-activations of each token, not equally many; other slots carry foreign indices."""
+    kept = reference.relu_encode(x, weights)
+    keep = (torch.rand(kept.values.shape, generator=torch.Generator().manual_seed(seed)) < 0.3) & (kept.values > 0)
+    return kept._replace(values=kept.values.masked_fill(~keep, 0), indices=kept.indices.masked_fill(~keep, -(2**40)))
+
+
+@pytest.mark.parametrize("kernel", [reference, torch_sparse])
+@pytest.mark.parametrize("shape", [s[:3] for s in SHAPES])
+def test_sparse_gradients_are_what_autograd_says(shape: tuple[int, int, int], kernel: ModuleType) -> None:
+    """A loss of the reconstruction and an L1 over the active values, with the choice of the latents held constant."""
+    x, weights = make(*shape)
+    latents = some_latents(x, weights)
+    w = Weights(*(p.double().requires_grad_() for p in weights))
+    z = reference.pre_activations(x.double(), w) * (reference.dense(latents) > 0)
+    recons = z @ w.decoder + w.pre_bias
+    ((recons - x).square().sum() + 0.7 * z.sum()).backward()
+    d_recons = 2 * (recons.detach() - x)
+    assert d_recons.dtype == torch.float64
+    got = kernel.sparse_gradients(x, weights, latents, d_recons.float(), 0.7)
+    for part in Weights._fields:
+        assert relative_error(getattr(got, part), getattr(w, part).grad) <= 2e-6, part
+
+
+def test_sparse_gradients_of_no_active_latent_reach_pre_bias_alone() -> None:
+    x, weights = make(6, 5, 9)
+    nothing = SparseLatents(torch.full((6, 3), 99), torch.zeros(6, 3), 9)
+    got = torch_sparse.sparse_gradients(x, weights, nothing, x, 1.0)
+    torch.testing.assert_close(got.pre_bias, x.sum(0))
+    assert not any(g.any() for g in (got.encoder, got.latent_bias, got.decoder))
 
 
 def test_the_reference_is_what_autograd_says_of_the_formula() -> None:

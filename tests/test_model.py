@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monosem import losses
+from monosem import losses, variants
+from monosem.config import activations
 from monosem.model import Autoencoder, AutoencoderConfig, denormalize, initial_weights, normalize
 from monosem.types import Weights
 
@@ -20,7 +21,7 @@ def tokens(n: int, d_model: int, seed: int = 0) -> torch.Tensor:
 
 def autoencoder(activation: str = "topk", d_model: int = 12, n_latents: int = 40, k: int = 4) -> Autoencoder:
     weights = initial_weights(normalize(tokens(300, d_model))[0], n_latents, k, tied=True, seed=0)
-    config = AutoencoderConfig(d_model, n_latents, k, activation)  # type: ignore[arg-type]
+    config = AutoencoderConfig(d_model, n_latents, k, activation)
     return Autoencoder(config, weights, {"tokens_seen": 7})
 
 
@@ -92,19 +93,20 @@ def test_weights_of_the_wrong_shape_are_refused() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("k", [6, None])
-def test_initial_weights_follow_the_recipe(tied: bool, k: int | None) -> None:
+@pytest.mark.parametrize("activation", activations())
+def test_initial_weights_follow_the_recipe(tied: bool, activation: str) -> None:
     x = normalize(tokens(2000, 24))[0]
-    weights = initial_weights(x, 64, k, tied=tied, seed=3)
+    weights = initial_weights(x, 64, 6, activation, tied=tied, seed=3)
     torch.testing.assert_close(weights.decoder.norm(dim=1), torch.ones(64))
     cosine = torch.cosine_similarity(weights.encoder, weights.decoder, dim=1)
     assert (cosine > 0.9999).all() if tied else (cosine < 0.9).all()
     assert weights.latent_bias.abs().max() == 0
-    model = Autoencoder(AutoencoderConfig(24, 64, 6, "topk" if k else "relu"), weights)
+    extras = variants.initial_extras(activation, weights)
+    model = Autoencoder(AutoencoderConfig(24, 64, 6, activation), weights, None, extras)
     recons = model.decode(model.encode(x)) - weights.pre_bias
     want = (x - weights.pre_bias).norm(dim=1).mean().item()
     assert recons.norm(dim=1).mean().item() == pytest.approx(want, rel=1e-4)
-    again = initial_weights(x, 64, k, tied=tied, seed=3)
+    again = initial_weights(x, 64, 6, activation, tied=tied, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
 
 

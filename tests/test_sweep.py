@@ -333,8 +333,8 @@ def test_names_say_what_varies_and_are_unique() -> None:
     assert grid.names(found, {"topk-n8192-k32-storea-lr0.002"}, [True] * 4) == [
         "topk-n8192-k32-storea-lr0.002-2",
         "topk-n8192-k32-storea-lr0.002-3",
-        "relu-n8192-k32-stores_1",
-        "relu-n8192-k32-stores_1-2",
+        "relu-n8192-stores_1",
+        "relu-n8192-stores_1-2",
     ]
 
 

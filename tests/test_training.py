@@ -205,10 +205,10 @@ def test_train_that_diverges_says_so(store: Path, tmp_path: Path) -> None:
 
 def test_relu_trains_and_more_l1_means_fewer_active_latents(store: Path, tmp_path: Path) -> None:
     l0 = []
-    for l1_coef in (0.0, 0.3):
-        warmup = 10 if l1_coef else 0
-        train(configured(store, tmp_path / str(l1_coef), activation="relu", l1_coef=l1_coef, l1_warmup_steps=warmup))
-        l0.append(rows_without_time(tmp_path / str(l1_coef))[-1]["l0"])
+    for coef in (0.0, 0.3):
+        relu = {"activation": "relu", "k": 32, "sparsity_coef": coef, "sparsity_warmup_steps": 10 if coef else 0}
+        train(configured(store, tmp_path / str(coef), **relu))
+        l0.append(rows_without_time(tmp_path / str(coef))[-1]["l0"])
     assert l0[1] < 0.5 * l0[0]
 
 

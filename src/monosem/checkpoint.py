@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from monosem import artifacts
 from monosem.model import load_checked
 from monosem.step import TrainState
-from monosem.types import OptimizerState, Weights
+from monosem.types import ExtrasState, OptimizerState, Weights
 
 
 def save_state(folder: str | Path, state: TrainState, facts: dict[str, Any]) -> None:
@@ -25,6 +25,7 @@ def save_state(folder: str | Path, state: TrainState, facts: dict[str, Any]) -> 
     tensors = {key: value.cpu().contiguous() for key, value in _tensors(state).items()}
     artifacts.write_atomic(folder / name, lambda temporary: save_file(tensors, temporary))
     pointer = {"file": name, "sha256": artifacts.sha256_file(folder / name), "step": state.step, **facts}
+    pointer["extras"] = sorted(state.extras.values)
     artifacts.write_json(folder / "latest.json", artifacts.manifest("training-state", {}, {}, **pointer))
     for old in [*folder.glob("state-*.safetensors"), *folder.glob(".*.tmp")]:  # a killed process left the latter
         if old.name != name:
@@ -40,16 +41,20 @@ def load_state(folder: str | Path, device: torch.device) -> tuple[TrainState, di
     path = folder / facts["file"]
     if not path.exists() or artifacts.sha256_file(path) != facts["sha256"]:
         raise ValueError(f"{path} is missing or damaged (checksum); delete {folder} to train again from the start")
-    names = {f"{part}.{name}" for part in ("weights", "first", "second") for name in Weights._fields}
-    averages = {f"average.{name}" for name in Weights._fields} if facts["ema"] else set()
-    found = load_checked(path, names | averages | {"tokens_since_fired", "n_auxk_dropped"})
-    found = {key: value.to(device) for key, value in found.items()}
-    parts = {
-        part: Weights(*(found[f"{part}.{name}"] for name in Weights._fields)) for part in ("weights", "first", "second")
-    }
-    average = Weights(*(found[f"average.{name}"] for name in Weights._fields)) if averages else None
-    optimizer = OptimizerState(parts["first"], parts["second"], average)
-    state = TrainState(facts["step"], parts["weights"], optimizer, found["tokens_since_fired"], found["n_auxk_dropped"])
+    parts = ("weights", "first", "second", *(["average"] if facts["ema"] else []))
+    names = [*Weights._fields, *facts.get("extras", [])]  # states written before there were extras have none
+    expected = {f"{part}.{name}" for part in parts for name in names} | {"tokens_since_fired", "n_auxk_dropped"}
+    found = {key: value.to(device) for key, value in load_checked(path, expected).items()}
+    weights = {part: Weights(*(found[f"{part}.{name}"] for name in Weights._fields)) for part in parts}
+    extras = {part: {name: found[f"{part}.{name}"] for name in names[len(Weights._fields) :]} for part in parts}
+    state = TrainState(
+        facts["step"],
+        weights["weights"],
+        OptimizerState(weights["first"], weights["second"], weights.get("average")),
+        found["tokens_since_fired"],
+        found["n_auxk_dropped"],
+        ExtrasState(extras["weights"], extras["first"], extras["second"], extras.get("average")),
+    )
     return state, facts
 
 
@@ -60,6 +65,12 @@ def saved_step(folder: str | Path) -> int:
 
 
 def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
-    parts = {"weights": state.weights, **{k: v for k, v in state.optimizer._asdict().items() if v is not None}}
-    tensors = {f"{part}.{name}": w for part, weights in parts.items() for name, w in weights._asdict().items()}
+    parts = {"weights": state.weights, **state.optimizer._asdict()}
+    of_extras = {"weights": state.extras.values, **state.extras._asdict()}
+    tensors = {
+        f"{part}.{name}": tensor
+        for part, weights in parts.items()
+        if weights is not None
+        for name, tensor in {**weights._asdict(), **of_extras[part]}.items()
+    }
     return {**tensors, "tokens_since_fired": state.tokens_since_fired, "n_auxk_dropped": state.n_auxk_dropped}

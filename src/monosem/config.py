@@ -6,20 +6,24 @@ values can be meant. Every mistake is a `ValueError` that says what was given, w
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import json
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
 
 DEFAULT_MODEL = "smollm2-135m-instruct-q4_1"
 DEFAULT_CORPUS = "sae-probes-text"
 
 Dtype = Literal["bfloat16", "float32"]
-Activation = Literal["topk", "relu"]
 Impl = Literal["auto", "reference", "torch", "native", "triton"]
 Precision = Literal["auto", "fp32", "bf16", "int8"]
+
+VARIANTS = Path(__file__).parent / "variants"
+"""Where the activation functions are, a file each (`monosem.variants`)."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,11 @@ class TrainConfig:
     """Activation store to train on."""
     n_latents: int = 8192
     k: int = 32
-    """Latents kept per token (TopK)."""
-    activation: Activation = "topk"
+    """Latents kept per token, by the activation functions that keep a number of them."""
+    activation: str = "topk"
+    """Which latents are active, and the loss that goes with it: see docs/activations (topk, relu, jumprelu, …)."""
+    activation_options: dict[str, float] = field(default_factory=dict)
+    """The activation function's own settings, by name; what is not given has its default (docs/activations)."""
     n_tokens: int = 1_048_576
     """Token-visits to train for, rounded up to whole batches (the store is read again, in a new order, as often as
     needed)."""
@@ -96,10 +103,10 @@ class TrainConfig:
     auxk_coef: float = 1 / 32
     dead_tokens_threshold: int | None = None
     """Tokens without firing after which a latent is dead; default: `step.default_dead_tokens_threshold`."""
-    l1_coef: float = 0.0
-    """lambda of ReLU + L1."""
-    l1_warmup_steps: int = 0
-    """Steps over which l1_coef rises linearly from 0."""
+    sparsity_coef: float = 0.0
+    """lambda of the activation function's own penalty: ||z||_1 for relu, prolu and gated, ||z||_0 for jumprelu."""
+    sparsity_warmup_steps: int = 0
+    """Steps over which sparsity_coef rises linearly from 0."""
     tied_init: bool = True
     """Start the encoder as the decoder's transpose."""
     ema: float | None = None
@@ -125,24 +132,10 @@ class TrainConfig:
         _at_least(self, 1, "n_latents", "k", "n_tokens", "batch_size", "log_every_steps")
         if self.auxk is not None:
             _at_least(self, 0, "auxk")
-        _at_least(self, 0, "lr_warmup_steps", "l1_warmup_steps", "auxk_coef", "l1_coef", "save_every_s")
-        _one_of(self, "activation", Activation)
+        _at_least(self, 0, "lr_warmup_steps", "sparsity_warmup_steps", "auxk_coef", "sparsity_coef", "save_every_s")
         _one_of(self, "impl", Impl)
         _one_of(self, "precision", Precision)
-        if self.activation == "topk" and self.k > self.n_latents:
-            raise ValueError(f"k is {self.k} but there are only {self.n_latents} latents; lower k or raise n_latents")
-        if self.activation == "topk" and self.l1_coef:
-            raise ValueError("l1_coef has no effect with activation=topk; leave it at 0 or choose activation=relu")
-        if self.activation == "relu" and self.auxk:
-            raise ValueError("auxk has no effect with activation=relu; leave it unset or choose activation=topk")
-        if self.l1_warmup_steps and not self.l1_coef:
-            raise ValueError("l1_warmup_steps has no effect without l1_coef; set l1_coef or leave it at 0")
-        if self.auxk_coef not in (0, 1 / 32) and (self.activation == "relu" or self.auxk == 0):
-            raise ValueError("auxk_coef has no effect without AuxK; leave it unset, or use TopK with auxk > 0")
-        if self.precision != "auto" and (self.activation == "relu" or self.impl == "reference"):
-            raise ValueError(
-                f"precision={self.precision} has no effect with activation=relu or impl=reference (fp32); leave it auto"
-            )
+        self._check_activation()
         _check_seed(self.seed)
         _check_seed(self.data_seed, "data_seed")
         if self.n_tokens < self.batch_size:
@@ -153,6 +146,30 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; give a positive number or leave it unset")
+
+    def _check_activation(self) -> None:
+        """That its options are its own, and that every shared setting which was changed has an effect with it."""
+        facts = activation_facts(self.activation)
+        for name, value in self.activation_options.items():
+            facts.check(self.activation, name, value)
+        keeps_k, has_auxk = "k" in facts.uses, "auxk" in facts.uses and self.auxk != 0
+        if keeps_k and self.k > self.n_latents:
+            raise ValueError(f"k is {self.k} but there are only {self.n_latents} latents; lower k or raise n_latents")
+        for name in ("k", "sparsity_coef", "auxk"):
+            default = TrainConfig.__dataclass_fields__[name].default
+            if name not in facts.uses and getattr(self, name) not in (default, 0):
+                raise ValueError(f"{name} has no effect with activation={self.activation}; leave it at {default}")
+        if self.sparsity_warmup_steps and not self.sparsity_coef:
+            raise ValueError("sparsity_warmup_steps has no effect without sparsity_coef; set that or leave it at 0")
+        if self.auxk_coef not in (0, 1 / 32) and not has_auxk:
+            raise ValueError(
+                f"auxk_coef has no effect without AuxK (activation={self.activation}, auxk={self.auxk}); leave it unset"
+            )
+        if self.precision != "auto" and (not keeps_k or self.impl == "reference"):
+            raise ValueError(
+                f"precision={self.precision} has no effect with activation={self.activation}, impl={self.impl} (fp32); "
+                "leave it auto"
+            )
 
 
 @dataclass(frozen=True)
@@ -223,6 +240,45 @@ class RunConfig:
             )
 
 
+class ActivationFacts(NamedTuple):
+    """What an activation function says of itself: shared settings that have an effect, and its own."""
+
+    uses: tuple[str, ...]
+    options: dict[str, tuple[float, float, float]]
+    """name -> (default, least, most); a whole number where the default is one."""
+
+    def check(self, activation: str, name: str, value: float) -> None:
+        """`ValueError` unless `value` can be meant for the option `name`."""
+        if name not in self.options:
+            known = f"it has {', '.join(self.options)}" if self.options else "it has none"
+            raise ValueError(f"activation={activation} has no option {name}; {known}")
+        default, least, most = self.options[name]
+        whole = isinstance(default, int)
+        if not least <= value <= most or (whole and value != int(value)):
+            kind = "whole number" if whole else "number"
+            raise ValueError(f"{name} is {value:g}; give a {kind} from {least:g} to {most:g}")
+
+
+def activations() -> list[str]:
+    """Names of the activation functions: the files in VARIANTS."""
+    return sorted(path.stem for path in VARIANTS.glob("*.py") if not path.stem.startswith("_"))
+
+
+def activation_facts(activation: str) -> ActivationFacts:
+    """USES and OPTIONS of an activation function, read from its source, as running it would import torch.
+
+    `ValueError` lists the activation functions when there is none of this name.
+    """
+    if activation not in activations():
+        raise ValueError(f"activation is {activation!r}; choose one of {', '.join(activations())}")
+    found: dict[str, Any] = {}
+    for node in ast.parse((VARIANTS / f"{activation}.py").read_text("utf-8")).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(target, ast.Name) and target.id in ("USES", "OPTIONS"):
+            found[target.id] = ast.literal_eval(node.value)  # type: ignore[attr-defined]
+    return ActivationFacts(found["USES"], found["OPTIONS"])
+
+
 C = TypeVar("C")
 
 
@@ -259,6 +315,10 @@ def changed_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _checked(kind: type, name: str, hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value)  # type: ignore[arg-type]
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{kind.__name__}.{name} is {value!r}; it must be a JSON object")
+        return {key: _checked(kind, f"{name}.{key}", typing.get_args(hint)[1], entry) for key, entry in value.items()}
     allowed = typing.get_args(hint) if typing.get_origin(hint) is not None else (hint,)
     if typing.get_origin(hint) is Literal:
         if value not in allowed:

@@ -1,7 +1,7 @@
 """The autoencoder: normalise, encode, decode, and its released form on disk.
 
     x      = (raw - mean(raw)) / (std(raw) + 1e-5)          per token, over d_model; the model's input space
-    z      = TopK_k(encoder (x - pre_bias) + latent_bias), then ReLU
+    z      = act(encoder (x - pre_bias) + latent_bias)      one of the activation functions in monosem.variants
     recons = z @ decoder + pre_bias
 
 A released autoencoder is a folder with `autoencoder.safetensors` and `config.json` (docs/formats.md).
@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from monosem import artifacts, config, losses
+from monosem import artifacts, config, losses, variants
 from monosem.kernels import torch_sparse
-from monosem.types import SparseLatents, Weights
+from monosem.types import Extras, SparseLatents, Weights
 
 NORM_EPSILON = 1e-5
 WEIGHTS_FILE = "autoencoder.safetensors"
@@ -42,7 +42,10 @@ class AutoencoderConfig:
     d_model: int
     n_latents: int
     k: int
-    activation: config.Activation = "topk"
+    activation: str = "topk"
+
+    def __post_init__(self) -> None:
+        config.activation_facts(self.activation)
 
 
 def normalize(raw: Float[Tensor, "*batch d_model"]) -> tuple[Float[Tensor, "*batch d_model"], NormStats]:
@@ -63,15 +66,25 @@ class Autoencoder(nn.Module):
     """A sparse autoencoder over one site. Everything but `forward` speaks the normalised input space.
 
     `provenance` says what it was trained on (site, subject, store, tokens, versions); it travels with the weights.
+    `extras` are what the activation function has beside them.
     """
 
-    def __init__(self, config: AutoencoderConfig, weights: Weights, provenance: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        weights: Weights,
+        provenance: dict[str, Any] | None = None,
+        extras: Extras | None = None,
+    ) -> None:
         super().__init__()
         shape = (config.n_latents, config.d_model)
         expected = Weights(encoder=shape, latent_bias=shape[:1], decoder=shape, pre_bias=shape[1:])  # type: ignore[arg-type]
         for name, tensor, want in zip(Weights._fields, weights, expected, strict=True):
             if tuple(tensor.shape) != tuple(want):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this config needs {tuple(want)}")
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self._extras = _checked_extras(config.activation, weights, extras or {})
+        for name, tensor in (extras or {}).items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.config = config
         self.provenance = provenance or {}
@@ -88,11 +101,27 @@ class Autoencoder(nn.Module):
         """See `model.denormalize`."""
         return denormalize(x, stats)
 
-    def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
-        """The active latents of normalised tokens."""
-        if self.config.activation == "relu":
-            return torch_sparse.relu_encode(x, self.weights)
-        return torch_sparse.topk_encode(x, self.weights, self.config.k)
+    @property
+    def extras(self) -> Extras:
+        return {name: getattr(self, name) for name in self._extras}
+
+    def encode(
+        self, x: Float[Tensor, "batch d_model"], *, k: int | None = None, threshold: float | None = None
+    ) -> SparseLatents:
+        """The active latents of normalised tokens, as the autoencoder was trained to choose them.
+
+        Or, to see what it is worth at another sparsity: the `k` largest activations of each token; or, where training
+        kept a number of latents, every pre-activation above `threshold` (Gao et al. 2024, section 5.3).
+        """
+        activation, weights = self.config.activation, self.weights
+        keeps_k = "k" in config.activation_facts(activation).uses
+        _check_choice(self.config, keeps_k, k, threshold)
+        if threshold is not None:
+            return torch_sparse.threshold_encode(x, weights, torch.full_like(weights.latent_bias, threshold))
+        if k is not None and keeps_k:
+            return torch_sparse.topk_encode(x, weights, k)
+        latents = variants.encode(activation, x, weights, self.extras, self.config.k)
+        return latents if k is None else latents._replace(indices=latents.indices[:, :k], values=latents.values[:, :k])
 
     def decode(self, latents: SparseLatents) -> Float[Tensor, "batch d_model"]:
         """Normalised reconstructions."""
@@ -107,7 +136,8 @@ class Autoencoder(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write the released form: the config last, with the weights' hash, so that a torn save cannot load."""
         folder = Path(folder)
-        tensors = {name: w.detach().cpu().contiguous() for name, w in self.weights._asdict().items()}
+        parts = {**self.weights._asdict(), **self.extras}
+        tensors = {name: w.detach().cpu().contiguous() for name, w in parts.items()}
         artifacts.write_atomic(folder / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary))
         facts = {"weights_sha256": artifacts.sha256_file(folder / WEIGHTS_FILE), "provenance": self.provenance}
         sources = self.provenance.get("sources", {})
@@ -134,11 +164,13 @@ class Autoencoder(nn.Module):
             raise ValueError(
                 f"{path} is missing or damaged (its checksum is not the one in config.json); restore it or train again"
             )
-        tensors = load_checked(path, Weights._fields)
         settings = config.from_dict(AutoencoderConfig, data["config"])
+        names = variants.extra_names(settings.activation)
+        tensors = load_checked(path, {*Weights._fields, *names})
         if not isinstance(data.get("provenance"), dict):
             raise ValueError(f"{folder / 'config.json'} says no provenance; restore the file or train again")
-        return Autoencoder(settings, Weights(**tensors), data["provenance"]).to(device)
+        extras = {name: tensors.pop(name) for name in names}
+        return Autoencoder(settings, Weights(**tensors), data["provenance"], extras).to(device)
 
 
 _NORMALIZATION = {"kind": "per-token mean and unbiased std over d_model", "epsilon": NORM_EPSILON}
@@ -156,13 +188,20 @@ def load_checked(path: Path, names: tuple[str, ...] | set[str]) -> dict[str, Ten
 
 
 def initial_weights(
-    sample: Float[Tensor, "n d_model"], n_latents: int, k: int | None, *, tied: bool, seed: int
+    sample: Float[Tensor, "n d_model"],
+    n_latents: int,
+    k: int,
+    activation: str = "topk",
+    options: dict[str, float] | None = None,
+    *,
+    tied: bool,
+    seed: int,
 ) -> Weights:
     """Weights to start from, given a sample of normalised activations (Gao et al. 2024, section 2 and appendix A).
 
     Decoder rows are uniformly random unit vectors; the encoder is equal to the decoder (`tied`) or drawn the same way;
     pre_bias is the sample's geometric median; the encoder is then scaled so that the mean norm of z @ decoder
-    is that of x - pre_bias, with the k largest latents in z (None: with every positive one, as ReLU has).
+    is that of x - pre_bias, with the z of the activation function and its extras at the start.
     """
     generator = torch.Generator().manual_seed(seed)
     d_model = sample.shape[1]
@@ -170,7 +209,7 @@ def initial_weights(
     encoder = decoder.clone() if tied else _unit_rows(torch.randn(n_latents, d_model, generator=generator))
     pre_bias = losses.geometric_median(sample).float()
     weights = Weights(encoder, torch.zeros(n_latents), decoder, pre_bias)
-    latents = torch_sparse.relu_encode(sample, weights) if k is None else torch_sparse.topk_encode(sample, weights, k)
+    latents = variants.encode(activation, sample, weights, variants.initial_extras(activation, weights, options), k)
     norms = (torch_sparse.decode(latents, weights) - pre_bias).norm(dim=1).mean()
     encoder.mul_((sample - pre_bias).norm(dim=1).mean() / norms)
     return weights
@@ -178,3 +217,26 @@ def initial_weights(
 
 def _unit_rows(rows: Tensor) -> Tensor:
     return rows / rows.norm(dim=1, keepdim=True)
+
+
+def _checked_extras(activation: str, weights: Weights, extras: Extras) -> tuple[str, ...]:
+    """The names of the extras; `ValueError` unless they are those of the activation function."""
+    wanted = {name: tuple(e.shape) for name, e in variants.initial_extras(activation, weights).items()}
+    if (found := {name: tuple(e.shape) for name, e in extras.items()}) != wanted:
+        raise ValueError(f"the extras have shapes {found}; activation={activation} needs {wanted}")
+    return tuple(wanted)
+
+
+def _check_choice(settings: AutoencoderConfig, keeps_k: bool, k: int | None, threshold: float | None) -> None:
+    if k is not None and threshold is not None:
+        raise ValueError(f"k is {k} and threshold is {threshold}; give one of them")
+    if k is not None and not 1 <= k <= settings.n_latents:
+        raise ValueError(f"k is {k}; give a number of latents from 1 to {settings.n_latents}")
+    if threshold is None:
+        return
+    if not keeps_k:
+        raise ValueError(
+            f"threshold has no meaning with activation={settings.activation}, which decides by size already; give k"
+        )
+    if not threshold >= 0:
+        raise ValueError(f"threshold is {threshold}; give a number of at least 0")

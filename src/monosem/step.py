@@ -17,8 +17,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from monosem.config import TrainConfig
-from monosem.types import LossSpec, OptimizerState, StepGradients, UpdateSpec, Weights
+from monosem import variants
+from monosem.config import TrainConfig, activation_facts
+from monosem.kernels import torch_sparse
+from monosem.types import (
+    Extras,
+    ExtrasState,
+    LossSpec,
+    OptimizerState,
+    SparseLatents,
+    StepGradients,
+    UpdateSpec,
+    Weights,
+)
 
 LR_AT_4096 = 2.8e-3
 DEAD_TOKENS = 10_000_000
@@ -50,6 +61,7 @@ class Recipe:
     """A config with every default turned into a number."""
 
     activation: str
+    activation_options: dict[str, float]
     k: int
     n_steps: int
     batch_size: int
@@ -59,16 +71,17 @@ class Recipe:
     auxk: int
     auxk_coef: float
     dead_tokens_threshold: int
-    l1_coef: float
-    l1_warmup_steps: int
+    sparsity_coef: float
+    sparsity_warmup_steps: int
     ema: float
     clip_norm: float | None
     precision: str
 
     def loss_spec(self, step: int) -> LossSpec:
         """What step `step` (from 1) differentiates."""
-        l1_coef = self.l1_coef * _ramp(step, self.l1_warmup_steps)
-        return LossSpec(self.k, self.mse_scale, self.auxk, self.auxk_coef, l1_coef, self.precision)
+        sparsity_coef = self.sparsity_coef * _ramp(step, self.sparsity_warmup_steps)
+        auxk = self.auxk, self.auxk_coef
+        return LossSpec(self.k, self.mse_scale, *auxk, sparsity_coef, self.precision, self.activation_options)
 
     def update_spec(self, step: int) -> UpdateSpec:
         """How step `step` (from 1) is applied."""
@@ -78,9 +91,11 @@ class Recipe:
 def recipe(config: TrainConfig, d_model: int, mse_scale: float) -> Recipe:
     """Resolve `config` for activations of width `d_model`."""
     n_steps = math.ceil(config.n_tokens / config.batch_size)
-    auxk = 0 if config.activation == "relu" else default_auxk(d_model) if config.auxk is None else config.auxk
+    has_auxk = "auxk" in activation_facts(config.activation).uses
+    auxk = 0 if not has_auxk else default_auxk(d_model) if config.auxk is None else config.auxk
     return Recipe(
         activation=config.activation,
+        activation_options=variants.resolve_options(config.activation, config.activation_options, config.n_latents),
         k=config.k,
         n_steps=n_steps,
         batch_size=config.batch_size,
@@ -90,8 +105,8 @@ def recipe(config: TrainConfig, d_model: int, mse_scale: float) -> Recipe:
         auxk=auxk,
         auxk_coef=config.auxk_coef,
         dead_tokens_threshold=config.dead_tokens_threshold or default_dead_tokens_threshold(config.n_tokens),
-        l1_coef=config.l1_coef,
-        l1_warmup_steps=config.l1_warmup_steps,
+        sparsity_coef=config.sparsity_coef,
+        sparsity_warmup_steps=config.sparsity_warmup_steps,
         ema=default_ema(n_steps) if config.ema is None else config.ema,
         clip_norm=config.clip_norm,
         precision=config.precision,
@@ -107,13 +122,16 @@ class TrainState:
     optimizer: OptimizerState
     tokens_since_fired: Int[Tensor, " n_latents"]
     n_auxk_dropped: Int[Tensor, ""]
+    extras: ExtrasState
 
     @staticmethod
-    def new(weights: Weights, *, ema: bool) -> TrainState:
+    def new(weights: Weights, extras: Extras | None = None, *, ema: bool) -> TrainState:
         zeros = [Weights(*(torch.zeros_like(w) for w in weights)) for _ in range(3)]
         optimizer = OptimizerState(zeros[0], zeros[1], zeros[2] if ema else None)
+        none = [{name: torch.zeros_like(e) for name, e in (extras or {}).items()} for _ in range(3)]
+        extras_state = ExtrasState(extras or {}, none[0], none[1], none[2] if ema else None)
         counters = torch.zeros(len(weights.latent_bias), dtype=torch.int64, device=weights.encoder.device)
-        return TrainState(0, weights, optimizer, counters, counters.new_zeros(()))
+        return TrainState(0, weights, optimizer, counters, counters.new_zeros(()), extras_state)
 
     def dead(self, tokens: int) -> Bool[Tensor, " n_latents"]:
         """Latents whose activation has not exceeded FIRED_THRESHOLD in the last `tokens` tokens."""
@@ -124,22 +142,30 @@ class TrainState:
         assert self.optimizer.average is not None
         return Weights(*(a / (1 - ema**self.step) for a in self.optimizer.average))
 
+    def averaged_extras(self, ema: float) -> Extras:
+        """As `averaged_weights`, of the extras."""
+        assert self.extras.average is not None
+        return {name: a / (1 - ema**self.step) for name, a in self.extras.average.items()}
+
 
 def gradients(
     state: TrainState, x: Float[Tensor, "batch d_model"], recipe: Recipe, kernel: ModuleType
 ) -> StepGradients:
     """The first half: what the next step's loss says, changing nothing."""
-    spec = recipe.loss_spec(state.step + 1)
-    if recipe.activation == "relu":
-        return kernel.relu_gradients(x, state.weights, spec)
-    return kernel.topk_gradients(x, state.weights, spec, state.dead(recipe.dead_tokens_threshold))
+    spec, dead = recipe.loss_spec(state.step + 1), state.dead(recipe.dead_tokens_threshold)
+    return variants.gradients(recipe.activation, x, state.weights, state.extras.values, spec, dead, kernel)
 
 
 def apply(
     state: TrainState, out: StepGradients, recipe: Recipe, kernel: ModuleType, n_tokens: int
 ) -> Float[Tensor, ""]:
-    """The second half, in place; `n_tokens` is the batch's size over all ranks. Returns the gradient's norm."""
-    norm = kernel.apply_update(state.weights, out.gradients, state.optimizer, recipe.update_spec(state.step + 1))
+    """The second half, in place; `n_tokens` is the batch's size over all ranks. Returns the gradient's norm.
+
+    Clipping and the norm look at the four weights; the gradients of extras are scaled down with theirs.
+    """
+    update = recipe.update_spec(state.step + 1)
+    norm = kernel.apply_update(state.weights, out.gradients, state.optimizer, update)
+    _update_extras(state.extras, out, update, norm)
     _count(state, out, n_tokens)
     return norm
 
@@ -159,6 +185,25 @@ def advance(
     out, norm = fused(x, state.weights, spec, state.dead(recipe.dead_tokens_threshold), state.optimizer, update)
     _count(state, out, len(x))
     return out, norm
+
+
+def encode(
+    x: Float[Tensor, "batch d_model"], weights: Weights, extras: Extras, recipe: Recipe, kernel: ModuleType
+) -> SparseLatents:
+    """The latents of the autoencoder that would be released with these weights."""
+    return variants.encode(recipe.activation, x, weights, extras, recipe.k, kernel)
+
+
+def _update_extras(extras: ExtrasState, out: StepGradients, update: UpdateSpec, norm: Float[Tensor, ""]) -> None:
+    """Adam on those that have a gradient, the new value for buffers, then the moving average of both."""
+    scale = 1.0 if update.clip_norm is None else (update.clip_norm / norm).clamp(max=1)
+    for name, gradient in out.extras.items():
+        moments = extras.first[name], extras.second[name]
+        torch_sparse.adam(extras.values[name], gradient * scale, *moments, None, update, unit_norm=False)
+    for name, value in out.buffers.items():
+        extras.values[name].copy_(value)
+    for name, average in (extras.average or {}).items():
+        average.lerp_(extras.values[name], 1 - update.ema)
 
 
 def _count(state: TrainState, out: StepGradients, n_tokens: int) -> None:

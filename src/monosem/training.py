@@ -24,14 +24,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from monosem import artifacts, kernels, losses, step
+from monosem import artifacts, kernels, losses, step, variants
 from monosem.activations import ActivationStore
 from monosem.checkpoint import load_state, save_state
-from monosem.config import TrainConfig, changed_fields, to_dict
+from monosem.config import TrainConfig, activation_facts, changed_fields, to_dict
 from monosem.logs import MetricsLog, progress
 from monosem.model import Autoencoder, AutoencoderConfig, initial_weights, normalize
 from monosem.stream import ActivationStream, StoreSource
-from monosem.types import StepGradients, Weights, resolve_device
+from monosem.types import Extras, StepGradients, Weights, resolve_device
 
 log = logging.getLogger("monosem")
 
@@ -141,10 +141,12 @@ class Run:
         sample = self.supply.sample
         scale = losses.mse_scale(sample)
         self.recipe = step.recipe(self.config, sample.shape[1], scale)
-        tied, k = self.config.tied_init, self.config.k if self.config.activation == "topk" else None
-        weights = initial_weights(sample, self.config.n_latents, k, tied=tied, seed=self.config.seed)
+        c = self.config
+        options = c.activation_options
+        weights = initial_weights(sample, c.n_latents, c.k, c.activation, options, tied=c.tied_init, seed=c.seed)
         weights = Weights(*(w.to(self.device) for w in weights))
-        self.state = step.TrainState.new(weights, ema=self.recipe.ema > 0)
+        extras = variants.initial_extras(c.activation, weights, options)
+        self.state = step.TrainState.new(weights, extras, ema=self.recipe.ema > 0)
         self.elapsed_s, self.work = 0.0, Work()
         log.info("training %d latents on %s; %s", self.config.n_latents, self.store.site, _one_line(self.recipe))
 
@@ -194,12 +196,13 @@ class Run:
         at, spec = self.state.step, self.recipe.update_spec(self.state.step)
         if at % self.config.log_every_steps and at != self.recipe.n_steps:
             return
+        auxiliary = "auxk_loss" if "auxk" in activation_facts(self.config.activation).uses else "sparsity"
         row = {
             "step": at,
             "tokens": self.tokens_seen,
             "loss": out.loss.item(),
             "mse": out.mse.item(),
-            "auxk_loss" if self.config.activation == "topk" else "l1": out.auxiliary.item(),
+            auxiliary: out.auxiliary.item(),
             "l0": out.l0.item(),
             "gradient_norm": norm.item(),
             "lr": spec.lr,
@@ -239,22 +242,25 @@ class Run:
 
     def autoencoder(self, chosen: str, provenance: dict[str, Any] | None = None) -> Autoencoder:
         """The autoencoder of the `raw` or `ema` weights as they are now, on the CPU."""
-        weights = self.state.weights if chosen == "raw" else self.state.averaged_weights(self.recipe.ema)
+        weights, extras = self._candidates()[chosen]
         c = self.config
         settings = AutoencoderConfig(weights.encoder.shape[1], c.n_latents, c.k, c.activation)
-        return Autoencoder(settings, Weights(*(w.cpu() for w in weights)), provenance)
+        weights, extras = Weights(*(w.cpu() for w in weights)), {name: e.cpu() for name, e in extras.items()}
+        return Autoencoder(settings, weights, provenance, extras)
 
     def better_weights(self, x: Float[Tensor, "n d_model"]) -> tuple[str, dict[str, float]]:
         """Which of `raw` and `ema` has the lower NMSE on x, and the NMSEs."""
-        candidates = {"raw": self.state.weights}
-        if self.recipe.ema > 0:
-            candidates["ema"] = self.state.averaged_weights(self.recipe.ema)
         nmse = {}
-        for name, weights in candidates.items():
-            encode = self.kernel.relu_encode if self.config.activation == "relu" else self.kernel.topk_encode
-            extra = () if self.config.activation == "relu" else (self.config.k,)
-            nmse[name] = losses.normalized_mse(self.kernel.decode(encode(x, weights, *extra), weights), x)
+        for name, (weights, extras) in self._candidates().items():
+            latents = step.encode(x, weights, extras, self.recipe, self.kernel)
+            nmse[name] = losses.normalized_mse(self.kernel.decode(latents, weights), x)
         return min(nmse, key=lambda name: nmse[name]), nmse
+
+    def _candidates(self) -> dict[str, tuple[Weights, Extras]]:
+        found = {"raw": (self.state.weights, self.state.extras.values)}
+        if self.recipe.ema > 0:
+            found["ema"] = self.state.averaged_weights(self.recipe.ema), self.state.averaged_extras(self.recipe.ema)
+        return found
 
     def dead_latents(self) -> dict[str, int]:
         """How many latents (raw weights) have not fired in the last DEAD_WINDOW_TOKENS, in whole batches."""

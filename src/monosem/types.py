@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -52,23 +52,43 @@ class SparseLatents(NamedTuple):
     n_latents: int
 
 
+Extras = dict[str, Tensor]
+"""What an activation function has beside the weights, by name: [n_latents] vectors or scalars (`monosem.variants`)."""
+
+
+class LossTerms(NamedTuple):
+    """A loss written down densely, for autograd to differentiate, and what a step tells of it (see StepGradients)."""
+
+    loss: Float[Tensor, ""]
+    mse: Float[Tensor, ""]
+    auxiliary: Float[Tensor, ""]
+    z: Float[Tensor, "batch n_latents"]
+    """The latents, dense."""
+    auxk_dropped: Bool[Tensor, ""] | None = None
+    buffers: Extras | None = None
+
+
 class StepGradients(NamedTuple):
     """The first half of a training step: gradients out, with what the log and the dead counters need (no host sync)."""
 
     gradients: Weights
     """(A fused step has none to give: it has already applied them.)"""
     loss: Float[Tensor, ""]
-    """What was differentiated: mse + auxk_coef * auxk_loss, or mse + l1_coef * l1."""
+    """What was differentiated: the reconstruction's terms, and a coefficient times `auxiliary` (docs/activations)."""
     mse: Float[Tensor, ""]
     """mse_scale * mean((recons - x)^2)."""
     auxiliary: Float[Tensor, ""]
-    """L_aux (TopK) or mean_b ||z||_1 (ReLU), before its coefficient."""
+    """L_aux, or the activation function's penalty (mean_b ||z||_1 of ReLU), before its coefficient."""
     auxk_dropped: Bool[Tensor, ""]
     """L_aux was not finite and its whole gradient was left out of this step."""
     n_fired: Int[Tensor, " n_latents"]
     """Tokens of the batch on which each latent's activation exceeded FIRED_THRESHOLD."""
     l0: Float[Tensor, ""]
     """Mean number of positive values a token."""
+    extras: Extras = {}  # noqa: RUF012 (nothing writes to it)
+    """Gradients of the extras that are trained."""
+    buffers: Extras = {}  # noqa: RUF012
+    """New values of the extras that are not."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +100,11 @@ class LossSpec:
     """1 / mean((x - mean_0)^2) of a sample at the start, so that the loss starts near 1."""
     auxk: int = 0
     auxk_coef: float = 1 / 32
-    l1_coef: float = 0.0
+    sparsity_coef: float = 0.0
     precision: str = "auto"
     """Precision of the product that selects latents ("auto", "fp32", "bf16", "int8"); values are always fp32."""
+    options: dict[str, float] = field(default_factory=dict)
+    """The activation function's own hyper-parameters, every one of its OPTIONS."""
 
 
 class OptimizerState(NamedTuple):
@@ -91,6 +113,15 @@ class OptimizerState(NamedTuple):
     first: Weights
     second: Weights
     average: Weights | None
+
+
+class ExtrasState(NamedTuple):
+    """The extras, Adam's moments and their moving average, updated in place; buffers have moments of 0."""
+
+    values: Extras
+    first: Extras
+    second: Extras
+    average: Extras | None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 
 from monosem import artifacts
 from monosem.activations import ActivationStore
-from monosem.config import EvalConfig, to_dict
+from monosem.config import EvalConfig, activation_facts, to_dict
 from monosem.evals import downstream, reconstruction
 from monosem.evals.bootstrap import clusters_of
 from monosem.logs import progress
@@ -250,7 +250,8 @@ def _facts(autoencoder: Autoencoder, store: ActivationStore) -> dict[str, Any]:
 
 
 def _title(run: dict[str, Any]) -> str:
-    sparsity = f"k {run['k']}" if run["activation"] == "topk" else run["activation"]
+    activation = run["activation"]
+    sparsity = f"{activation}, k {run['k']}" if "k" in activation_facts(activation).uses else activation
     site = f"layer {run['site']['layer']} {run['site']['location']}"
     parts = [run["subject"], site, f"{run['n_latents']:,} latents", sparsity]
     if "tokens_seen" in run:

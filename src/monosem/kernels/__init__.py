@@ -4,9 +4,11 @@ Every implementation is a module with the same functions, on fp32 tensors:
 
     topk_encode(x, weights, k) -> SparseLatents
     relu_encode(x, weights) -> SparseLatents
+    threshold_encode(x, weights, threshold) -> SparseLatents
     decode(latents, weights) -> recons
     topk_gradients(x, weights, spec, dead) -> StepGradients
     relu_gradients(x, weights, spec) -> StepGradients
+    sparse_gradients(x, weights, latents, d_recons, d_active) -> Weights
     apply_update(weights, gradients, optimizer, update) -> gradient norm (in place)
 
 `reference` is the definition: dense autograd, slow, to be checked by eye. The others must agree with it.

@@ -18,10 +18,20 @@ from torch import Tensor
 
 from monosem import _native
 from monosem.kernels.reference import BETA1, BETA2, EPSILON
-from monosem.kernels.torch_sparse import relu_encode, relu_gradients
+from monosem.kernels.torch_sparse import relu_encode, relu_gradients, sparse_gradients, threshold_encode
 from monosem.types import LossSpec, OptimizerState, SparseLatents, StepGradients, UpdateSpec, Weights
 
-__all__ = ["apply_update", "decode", "relu_encode", "relu_gradients", "topk_encode", "topk_gradients", "topk_step"]
+__all__ = [
+    "apply_update",
+    "decode",
+    "relu_encode",
+    "relu_gradients",
+    "sparse_gradients",
+    "threshold_encode",
+    "topk_encode",
+    "topk_gradients",
+    "topk_step",
+]
 
 LEVEL_VARIABLE = "MONOSEM_NATIVE_LEVEL"
 """Environment variable that forces a dispatch level by name; `_native.levels()` lists those of this machine."""

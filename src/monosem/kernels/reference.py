@@ -6,12 +6,24 @@ differentiates it; any float dtype works, so that fp64 gives the truth that fp32
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from monosem import losses
-from monosem.types import FIRED_THRESHOLD, LossSpec, OptimizerState, SparseLatents, StepGradients, UpdateSpec, Weights
+from monosem.types import (
+    FIRED_THRESHOLD,
+    Extras,
+    LossSpec,
+    LossTerms,
+    OptimizerState,
+    SparseLatents,
+    StepGradients,
+    UpdateSpec,
+    Weights,
+)
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 6.25e-10
 
@@ -28,8 +40,16 @@ def topk_encode(x_BD: Float[Tensor, "batch d_model"], weights: Weights, k: int) 
 
 
 def relu_encode(x_BD: Float[Tensor, "batch d_model"], weights: Weights) -> SparseLatents:
-    """Every positive pre-activation; k is the largest number of them on one token of the batch."""
-    values_BN = pre_activations(x_BD, weights).relu()
+    """Every positive pre-activation."""
+    return threshold_encode(x_BD, weights, torch.zeros_like(weights.latent_bias))
+
+
+def threshold_encode(
+    x_BD: Float[Tensor, "batch d_model"], weights: Weights, threshold_N: Float[Tensor, " n_latents"]
+) -> SparseLatents:
+    """Every pre-activation above max(threshold, 0), by falling value; k is the most of them on one token."""
+    pre_BN = pre_activations(x_BD, weights)
+    values_BN = torch.where(pre_BN > threshold_N.clamp(min=0), pre_BN, 0)
     n_active = int((values_BN > 0).sum(1).max()) if len(x_BD) else 0
     values, indices = values_BN.sort(dim=1, descending=True, stable=True)
     return SparseLatents(indices[:, :n_active], values[:, :n_active], len(weights.latent_bias))
@@ -43,38 +63,115 @@ def decode(latents: SparseLatents, weights: Weights) -> Float[Tensor, "batch d_m
 def dense(latents: SparseLatents) -> Float[Tensor, "batch n_latents"]:
     """The latents as a full matrix."""
     z_BN = latents.values.new_zeros(len(latents.values), latents.n_latents)
-    return z_BN.scatter_add(1, latents.indices, latents.values)
+    return z_BN.scatter_add(1, latents.indices.masked_fill(latents.values == 0, 0), latents.values)
+
+
+def sparse_gradients(
+    x_BD: Float[Tensor, "batch d_model"],
+    weights: Weights,
+    latents: SparseLatents,
+    d_recons_BD: Float[Tensor, "batch d_model"],
+    d_active: float = 0.0,
+) -> Weights:
+    """Gradients of a loss of recons = decode(latents), whose gradient by recons is `d_recons_BD`.
+
+    `latents` are pre-activations of `x_BD`, some of them set to 0; whatever chose them is held constant. `d_active` is
+    added to the gradient of every active value: sparsity_coef / B for sparsity_coef * mean_b ||z||_1.
+    """
+    z_BN = dense(latents)
+    d_pre_BN = torch.where(z_BN > 0, d_recons_BD @ weights.decoder.T + d_active, 0)
+    d_bias_N = d_pre_BN.sum(0)
+    return Weights(
+        encoder=d_pre_BN.T @ (x_BD - weights.pre_bias),
+        latent_bias=d_bias_N,
+        decoder=z_BN.T @ d_recons_BD,
+        pre_bias=d_recons_BD.sum(0) - d_bias_N @ weights.encoder,
+    )
 
 
 def topk_gradients(
     x_BD: Float[Tensor, "batch d_model"], weights: Weights, spec: LossSpec, dead_N: Bool[Tensor, " n_latents"]
 ) -> StepGradients:
-    """d(mse + auxk_coef * L_aux) of a TopK autoencoder (Gao et al. 2024, sections 2.2 and A.2)."""
-    w = _leaves(weights)
-    pre_BN = pre_activations(x_BD, w)
-    z_BN = _keep_top(pre_BN, spec.k).relu()
-    recons_BD = z_BN @ w.decoder + w.pre_bias
-    mse = losses.mse(recons_BD, x_BD, spec.mse_scale)
-
-    auxiliary = mse.new_zeros(())
-    n_dead = int(dead_N.sum())
-    if spec.auxk and n_dead:
-        dead_BN = pre_BN.masked_fill(~dead_N, -torch.inf)
-        z_aux_BN = _keep_top(dead_BN, min(spec.auxk, n_dead)).relu()
-        auxiliary = losses.auxk(z_aux_BN @ w.decoder, (x_BD - recons_BD).detach())
-    dropped = ~auxiliary.isfinite()
-    loss = mse if dropped else mse + spec.auxk_coef * auxiliary
-    return _step(loss, w, mse, auxiliary, dropped, z_BN)
+    """d `topk_loss`."""
+    return differentiate(topk_loss, x_BD, weights, {}, spec, dead_N)
 
 
 def relu_gradients(x_BD: Float[Tensor, "batch d_model"], weights: Weights, spec: LossSpec) -> StepGradients:
-    """d(mse + l1_coef * mean ||z||_1) of a ReLU autoencoder (the baseline of Gao et al. 2024)."""
-    w = _leaves(weights)
+    """d `relu_loss`."""
+    return differentiate(relu_loss, x_BD, weights, {}, spec, torch.zeros_like(weights.latent_bias, dtype=torch.bool))
+
+
+def topk_loss(
+    x_BD: Float[Tensor, "batch d_model"], w: Weights, extras: Extras, spec: LossSpec, dead_N: Bool[Tensor, " n_latents"]
+) -> LossTerms:
+    """mse + auxk_coef * L_aux of a TopK autoencoder (Gao et al. 2024, sections 2.2 and A.2)."""
+    pre_BN = pre_activations(x_BD, w)
+    z_BN = keep_top(pre_BN, spec.k).relu()
+    recons_BD = z_BN @ w.decoder + w.pre_bias
+    mse = losses.mse(recons_BD, x_BD, spec.mse_scale)
+    auxiliary, dropped = auxk(pre_BN, x_BD - recons_BD, w, spec, dead_N)
+    return LossTerms(mse if dropped else mse + spec.auxk_coef * auxiliary, mse, auxiliary, z_BN, dropped)
+
+
+def relu_loss(
+    x_BD: Float[Tensor, "batch d_model"], w: Weights, extras: Extras, spec: LossSpec, dead_N: Bool[Tensor, " n_latents"]
+) -> LossTerms:
+    """mse + sparsity_coef * mean ||z||_1 of a ReLU autoencoder (the baseline of Gao et al. 2024)."""
     z_BN = pre_activations(x_BD, w).relu()
     mse = losses.mse(z_BN @ w.decoder + w.pre_bias, x_BD, spec.mse_scale)
-    auxiliary = losses.l1(z_BN)
-    never = torch.zeros_like(auxiliary, dtype=torch.bool)
-    return _step(mse + spec.l1_coef * auxiliary, w, mse, auxiliary, never, z_BN)
+    l1 = losses.l1(z_BN)
+    return LossTerms(mse + spec.sparsity_coef * l1, mse, l1, z_BN)
+
+
+def auxk(
+    pre_BN: Float[Tensor, "batch n_latents"],
+    error_BD: Float[Tensor, "batch d_model"],
+    w: Weights,
+    spec: LossSpec,
+    dead_N: Bool[Tensor, " n_latents"],
+) -> tuple[Float[Tensor, ""], Bool[Tensor, ""]]:
+    """L_aux, of the top `auxk` dead latents, and whether it is to be dropped because it is not finite (section A.2)."""
+    auxiliary = error_BD.new_zeros(())
+    n_dead = int(dead_N.sum())
+    if spec.auxk and n_dead:
+        z_BN = keep_top(pre_BN.masked_fill(~dead_N, -torch.inf), min(spec.auxk, n_dead)).relu()
+        auxiliary = losses.auxk(z_BN @ w.decoder, error_BD.detach())
+    return auxiliary, ~auxiliary.isfinite()
+
+
+def keep_top(pre_BN: Float[Tensor, "batch n_latents"], k: int) -> Float[Tensor, "batch n_latents"]:
+    """`pre_BN` with all but each row's k largest entries set to 0."""
+    indices_BK = pre_BN.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(pre_BN).scatter(1, indices_BK, pre_BN.gather(1, indices_BK))
+
+
+def differentiate(
+    loss: Callable[..., LossTerms],
+    x_BD: Float[Tensor, "batch d_model"],
+    weights: Weights,
+    extras: Extras,
+    spec: LossSpec,
+    dead_N: Bool[Tensor, " n_latents"],
+) -> StepGradients:
+    """What autograd says of `loss(x, weights, extras, spec, dead)`, by the weights and all extras but its buffers."""
+    w = Weights(*(p.detach().requires_grad_() for p in weights))
+    leaves = {name: p.detach().requires_grad_() for name, p in extras.items()}
+    terms = loss(x_BD, w, leaves, spec, dead_N)
+    buffers = {name: value.detach() for name, value in (terms.buffers or {}).items()}
+    never = torch.zeros_like(terms.loss, dtype=torch.bool)
+    trained = {name: leaf for name, leaf in leaves.items() if name not in buffers}
+    gradients = torch.autograd.grad(terms.loss, [*w, *trained.values()])
+    return StepGradients(
+        gradients=Weights(*gradients[: len(w)]),
+        loss=terms.loss.detach(),
+        mse=terms.mse.detach(),
+        auxiliary=terms.auxiliary.detach(),
+        auxk_dropped=never if terms.auxk_dropped is None else terms.auxk_dropped,
+        n_fired=(terms.z > FIRED_THRESHOLD).sum(0),
+        l0=(terms.z > 0).sum(1).to(x_BD.dtype).mean(),
+        extras=dict(zip(trained, gradients[len(w) :], strict=True)),
+        buffers=buffers,
+    )
 
 
 def apply_update(
@@ -100,25 +197,3 @@ def apply_update(
         for w, a in zip(weights, optimizer.average, strict=True):
             a.copy_(spec.ema * a + (1 - spec.ema) * w)
     return norm
-
-
-def _leaves(weights: Weights) -> Weights:
-    return Weights(*(w.detach().requires_grad_() for w in weights))
-
-
-def _keep_top(pre_BN: Tensor, k: int) -> Tensor:
-    """`pre_BN` with all but each row's k largest entries set to 0."""
-    indices_BK = pre_BN.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return torch.zeros_like(pre_BN).scatter(1, indices_BK, pre_BN.gather(1, indices_BK))
-
-
-def _step(loss: Tensor, w: Weights, mse: Tensor, auxiliary: Tensor, dropped: Tensor, z_BN: Tensor) -> StepGradients:
-    return StepGradients(
-        gradients=Weights(*torch.autograd.grad(loss, w)),
-        loss=loss.detach(),
-        mse=mse.detach(),
-        auxiliary=auxiliary.detach(),
-        auxk_dropped=dropped,
-        n_fired=(z_BN > FIRED_THRESHOLD).sum(0),
-        l0=(z_BN > 0).sum(1).to(loss.dtype).mean(),
-    )

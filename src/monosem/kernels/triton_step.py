@@ -35,10 +35,19 @@ from monosem import losses
 from monosem.kernels import torch_sparse
 from monosem.kernels import triton_kernels as kernels
 from monosem.kernels.reference import BETA1, BETA2, EPSILON
-from monosem.kernels.torch_sparse import relu_encode, relu_gradients
+from monosem.kernels.torch_sparse import relu_encode, relu_gradients, sparse_gradients, threshold_encode
 from monosem.types import FIRED_THRESHOLD, LossSpec, OptimizerState, SparseLatents, StepGradients, UpdateSpec, Weights
 
-__all__ = ["apply_update", "decode", "relu_encode", "relu_gradients", "topk_encode", "topk_gradients"]
+__all__ = [
+    "apply_update",
+    "decode",
+    "relu_encode",
+    "relu_gradients",
+    "sparse_gradients",
+    "threshold_encode",
+    "topk_encode",
+    "topk_gradients",
+]
 
 INTERPRETED = not isinstance(kernels.sweep_kernel, triton.JITFunction)
 """TRITON_INTERPRET=1 was set: kernels run as Python, on tensors of the CPU."""
@@ -455,7 +464,7 @@ def _add_auxk_gradients(
     """
     dead = dead_N.nonzero().squeeze(1)
     if len(dead) <= AUXK_DENSE_RATIO * spec.auxk:
-        return torch_sparse._add_auxk_gradients(gradients, centred_BD, error_BD, weights, spec, dead_N)
+        return torch_sparse.add_auxk_gradients(gradients, centred_BD, error_BD, weights, spec, dead_N)
     small = Weights(weights.encoder[dead], weights.latent_bias[dead], weights.decoder[dead], weights.pre_bias)
     latents = _encode(centred_BD, small, min(spec.auxk, len(dead)), precision)
     residual_BD = _decode(latents, small.decoder, None) - error_BD

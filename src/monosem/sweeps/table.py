@@ -15,7 +15,7 @@ import torch
 
 from monosem import __version__, artifacts
 from monosem.activations import ActivationStore
-from monosem.config import TrainConfig
+from monosem.config import TrainConfig, activation_facts
 from monosem.evals import reconstruction
 from monosem.evals.bootstrap import clusters_of
 from monosem.model import WEIGHTS_FILE, Autoencoder
@@ -112,8 +112,8 @@ def row(name: str, run: Run, config_hash: str, **measured: Any) -> dict[str, Any
     facts = {
         "run": name,
         **{field: getattr(c, field) for field in ("activation", "n_latents", "k", "batch_size", "seed", "data_seed")},
-        "sparsity_coef": c.l1_coef,
-        "activation_options": "{}",
+        "sparsity_coef": c.sparsity_coef,
+        "activation_options": json.dumps(recipe.activation_options),
         "tied_init": _truth(c.tied_init),
         **{"lr": recipe.lr, "auxk": recipe.auxk, "ema": recipe.ema, "n_tokens": c.n_tokens, "tokens": tokens},
         "distinct_tokens": min(tokens, n_rows),
@@ -137,10 +137,10 @@ def row(name: str, run: Run, config_hash: str, **measured: Any) -> dict[str, Any
 def flops_per_token(config: TrainConfig, d_model: int) -> int:
     """FLOPs of a training step a token, without AuxK's (8 d_model for each latent that models the error).
 
-    With TopK 2 n d for the one dense product and 8 k d for decode, the values' gradients and those of both matrices;
-    with dense activations 12 n d: three products forward and backward in each matrix's place.
+    Where k latents are kept, 2 n d for the one dense product and 8 k d for decode, the values' gradients and those of
+    both matrices (further terms of Multi-TopK and Matryoshka are not counted); else 12 n d, three products a matrix.
     """
-    if config.activation == "topk":
+    if "k" in activation_facts(config.activation).uses:
         return 2 * config.n_latents * d_model + 8 * config.k * d_model
     return 12 * config.n_latents * d_model
 
