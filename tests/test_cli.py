@@ -109,7 +109,7 @@ def started(*argv: Any, **options: Any) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("bogus", "there is no command 'bogus'; choose one of run, harvest, train, eval"),
+        ("bogus", "there is no command 'bogus'; choose one of run, harvest, train, sweep, eval"),
         ("train --store s --out r --n-latent 3", "Unrecognized options: --n-latent, 3; Perhaps you meant: --n-latents"),
         ("train --store s --out r --n-latents many", "--n-latents is 'many'; give INT"),
         ("train --store s --out r --lr fast", "--lr is 'fast'; give {None}|FLOAT"),

@@ -8,7 +8,6 @@ combination is a run, `runs` lists further runs by what they change. Nothing in 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from monosem import artifacts
-from monosem.config import SweepConfig, TrainConfig, changed_fields, from_dict, to_dict
+from monosem.config import SweepConfig, TrainConfig, activation_facts, changed_fields, from_dict, to_dict
 
 _OWNED = {"out": "it follows from the sweep's --out and the run's name", "save_every_s": "give --save-every-s"}
 _SHORT = {"activation": "", "n_latents": "n", "n_tokens": "tokens", "batch_size": "batch"}
@@ -56,7 +55,7 @@ def names(found: list[TrainConfig], taken: set[str], new: list[bool]) -> list[st
     shown = [*_NAMED_FIRST, *(name for name in fields if name not in _NAMED_FIRST)]
     given: list[str] = []
     for run in itertools.compress(found, new):
-        plain = "-".join(_part(run, name) for name in shown if getattr(run, name) is not None)
+        plain = "-".join(_part(run, name) for name in shown if _says_something(run, name))
         numbered = (f"{plain}-{i}" for i in itertools.count(2))
         given.append(next(n for n in itertools.chain([plain], numbered) if n not in taken and n not in given))
     return given
@@ -85,12 +84,17 @@ def _run(config: SweepConfig, base: dict[str, Any], change: Any) -> TrainConfig:
         raise ValueError(f"{config.grid}, run {json.dumps(change)}: {error}") from None
 
 
+def _says_something(run: TrainConfig, name: str) -> bool:
+    """Not a default (None, no options), nor a k that has no effect."""
+    return getattr(run, name) not in (None, {}) and (name != "k" or "k" in activation_facts(run.activation).uses)
+
+
 def _part(run: TrainConfig, name: str) -> str:
     value = getattr(run, name)
     if name == "store":
         value = Path(value).name
     elif isinstance(value, float):
         value = f"{value:g}"
-    elif not isinstance(value, (int, str)):
-        value = json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)  # type: ignore[arg-type]
+    elif isinstance(value, dict):
+        return "-".join(f"{option}{number:g}" for option, number in value.items())
     return re.sub(r"[^A-Za-z0-9._+-]+", "_", f"{_SHORT.get(name, name)}{value}")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from monosem import kernels
-from monosem.config import TrainConfig
+from monosem.config import TrainConfig, activation_facts
 from monosem.model import WEIGHTS_FILE
 from monosem.stream import PREFETCH_BATCHES, WINDOW_BLOCKS, Source
 from monosem.training import SAMPLE_TOKENS, SELECTION_TOKENS
@@ -65,7 +65,7 @@ def run_bytes(config: TrainConfig, d_model: int, device: torch.device) -> RunByt
     _, kernel = kernels.select(config.impl, device)
     fused = hasattr(kernel, "topk_step") and config.activation == "topk" and config.clip_norm is None
     packed = 4 * n * d_model if fused else one
-    active = 4 * batch * (4 * d_model + (n if config.activation != "topk" else 4 * config.k))
+    active = 4 * batch * (4 * d_model + (4 * config.k if "k" in activation_facts(config.activation).uses else n))
     averaged = one if config.ema != 0 else 0  # both candidates when weights are compared
     return RunBytes(one, 2 * one, averaged, max(packed + active, averaged + 4 * SELECTION_TOKENS * d_model))
 
