@@ -28,8 +28,8 @@ class Scaled(Autoencoder):
         super().__init__(AutoencoderConfig(D_MODEL, N_LATENTS, K), weights)
         self.factor = factor
 
-    def encode(self, x: Tensor) -> SparseLatents:
-        latents = super().encode(x)
+    def encode(self, x: Tensor, *, k: int | None = None, threshold: float | None = None) -> SparseLatents:
+        latents = super().encode(x, k=k, threshold=threshold)
         active = latents.values > 0
         best = refinement.refine((x - self.weights.pre_bias).double(), self.weights.decoder, latents.indices, active)
         return latents._replace(values=(self.factor * best).float())
