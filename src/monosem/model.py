@@ -201,8 +201,9 @@ def initial_weights(
     """Weights to start from, given a sample of normalised activations (Gao et al. 2024, section 2 and appendix A).
 
     Decoder rows are uniformly random unit vectors; the encoder is equal to the decoder (`tied`) or drawn the same way;
-    pre_bias is the sample's geometric median (unless the caller has found it already); the encoder is then scaled so that the mean norm of z @ decoder
-    is that of x - pre_bias, with the z of the activation function and its extras at the start.
+    pre_bias is the sample's geometric median (given by a caller who knows it already); the encoder is then scaled so
+    that the mean norm of z @ decoder is that of x - pre_bias, with the z of the activation function and its extras at
+    the start.
     """
     generator = torch.Generator().manual_seed(seed)
     d_model = sample.shape[1]

@@ -152,8 +152,8 @@ class Run:
         self.recipe = step.recipe(self.config, sample.shape[1], self.supply.mse_scale)
         c = self.config
         options = c.activation_options
-        given = {"tied": c.tied_init, "seed": c.seed, "pre_bias": self.supply.pre_bias}
-        weights = initial_weights(sample, c.n_latents, c.k, c.activation, options, **given)
+        what, bias = (c.n_latents, c.k, c.activation, options), self.supply.pre_bias
+        weights = initial_weights(sample, *what, tied=c.tied_init, seed=c.seed, pre_bias=bias)
         weights = Weights(*(w.to(self.device) for w in weights))
         extras = variants.initial_extras(c.activation, weights, options)
         self.state = step.TrainState.new(weights, extras, ema=self.recipe.ema > 0)
