@@ -108,6 +108,16 @@ class Supply:
         chosen = torch.randperm(source.n_blocks, generator=generator)[:n_blocks].sort().values
         return normalize(torch.cat([source.block(int(i)) for i in chosen])[:SAMPLE_TOKENS])[0]
 
+    @functools.cached_property
+    def mse_scale(self) -> float:
+        """See `losses.mse_scale`, of the sample."""
+        return losses.mse_scale(self.sample)
+
+    @functools.cached_property
+    def pre_bias(self) -> Float[Tensor, " d_model"]:
+        """What pre_bias starts at: the sample's geometric median."""
+        return losses.geometric_median(self.sample).float()
+
 
 class Run:
     """One training run: started or resumed in `config.out`, then fed the stream's batches from number `position` on.
@@ -142,11 +152,11 @@ class Run:
 
     def _start(self) -> None:
         sample = self.supply.sample
-        scale = losses.mse_scale(sample)
-        self.recipe = step.recipe(self.config, sample.shape[1], scale)
+        self.recipe = step.recipe(self.config, sample.shape[1], self.supply.mse_scale)
         c = self.config
         options = c.activation_options
-        weights = initial_weights(sample, c.n_latents, c.k, c.activation, options, tied=c.tied_init, seed=c.seed)
+        what, bias = (c.n_latents, c.k, c.activation, options), self.supply.pre_bias
+        weights = initial_weights(sample, *what, tied=c.tied_init, seed=c.seed, pre_bias=bias)
         weights = Weights(*(w.to(self.device) for w in weights))
         extras = variants.initial_extras(c.activation, weights, options)
         self.state = step.TrainState.new(weights, extras, ema=self.recipe.ema > 0)

@@ -208,11 +208,14 @@ class _Sweep:
 
     def _feed(self, member: Member, run: Run, x: torch.Tensor, held_out: table.HeldOut) -> None:
         before_s, before = run.work.kernel_s, run.state.step
+        releasing = before == run.recipe.n_steps
         try:
-            run.feed(x)
+            with self._clock("evaluating_s") if releasing else contextlib.nullcontext():
+                run.feed(x)
             at_point = run.state.step > before and run.state.step in table.points(run.config, self.config.eval_every)
             if at_point or run.released:
                 self._evaluate(member, run, held_out)
+                self._write()
         except Diverged as error:
             self._fail(member, run, error)
         self.seconds["kernel_s"] += run.work.kernel_s - before_s
