@@ -21,7 +21,7 @@ import pytest
 
 THREADS = 2
 SHAPED = [
-    *("types", "losses", "kernels", "model", "checkpoint", "subject"),
+    *("types", "losses", "kernels", "model", "convert", "checkpoint", "subject"),
     *("tokens", "activations", "stream", "step", "training", "evals", "main_job"),
 ]
 """Modules whose annotations are checked at every call. The others promise a ValueError for values of any type."""

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("losses",),
     ("kernels",),
     ("model",),
-    ("step", "subject", "tokens"),
+    ("step", "subject", "tokens", "convert"),
     ("checkpoint", "activations"),
     ("stream",),
     ("training", "evals"),
