@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("variants",),
     ("model",),
-    ("step", "subject", "tokens"),
+    ("step", "subject", "tokens", "convert"),
     ("checkpoint", "activations", "n2g"),
     ("stream", "run_folder"),
     ("training", "evals", "scaling"),

@@ -1,0 +1,161 @@
+"""Autoencoders of other libraries, in the form that our evaluations read.
+
+    autoencoder = convert.wrap(module, d_model=768)
+    reconstruction.tally(autoencoder, blocks, clusters)
+
+`wrap` takes any module with `encode` and `decode`: those of SAELens and dictionary_learning (`encode(x)` gives every
+latent, `decode(z)` takes them) and of sparsify (`encode(x)` gives `top_acts` and `top_indices`, `decode` takes both).
+Nothing of those libraries is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from monosem.kernels import torch_sparse
+from monosem.model import Autoencoder, AutoencoderConfig, NormStats, denormalize
+from monosem.types import SparseLatents, Weights
+
+_ROWS_AT_ONCE = 1024
+_TOLERANCE = 1e-3
+
+Normalize = Callable[[Float[Tensor, "*batch d_model"]], tuple[Float[Tensor, "*batch d_model"], NormStats]]
+
+
+def wrap(
+    module: nn.Module,
+    d_model: int,
+    *,
+    n_latents: int | None = None,
+    k: int | None = None,
+    normalize: Normalize | None = None,
+) -> Wrapped:
+    """`module` as an autoencoder of ours, on its device.
+
+    It reads raw activations as they are, or what `normalize` (such as `model.normalize`) makes of them. `n_latents` is
+    needed where `encode` gives indices. `k` is told to evaluations that compare at the same number of latents; without
+    it the autoencoder counts as ReLU. `ValueError` when the module has another form or its decoder is not affine.
+    """
+    if not (callable(getattr(module, "encode", None)) and callable(getattr(module, "decode", None))):
+        raise ValueError(f"{type(module).__name__} has no encode and decode; give an autoencoder that has both")
+    probe = torch.zeros(1, d_model, **_place(module))
+    with torch.no_grad():
+        found = module.encode(probe)  # type: ignore[operator]
+        by_index = hasattr(found, "top_acts")
+        if not by_index and not (isinstance(found, Tensor) and found.ndim == 2):
+            raise ValueError(
+                f"encode of {type(module).__name__} gives {type(found).__name__}, neither latents [batch, n_latents] "
+                "nor top_acts with top_indices; wrap its encode in one that does"
+            )
+        n_latents = n_latents if by_index else found.shape[1]
+        if n_latents is None:
+            raise ValueError(f"encode of {type(module).__name__} gives indices, not n_latents; give n_latents")
+        decoder, pre_bias = _affine_decoder(module, n_latents, by_index)
+    if decoder.shape[1] != d_model:
+        raise ValueError(f"decode of {type(module).__name__} gives width {decoder.shape[1]}, not d_model {d_model}")
+    config = AutoencoderConfig(d_model, n_latents, k or n_latents, "relu" if k is None else "topk")
+    return Wrapped(config, module, decoder, pre_bias, normalize)
+
+
+class Wrapped(Autoencoder):
+    """A foreign autoencoder as one of ours; make one with `wrap`.
+
+    Its decoder and pre_bias are the module's, read off its `decode`. How it encodes only the module knows, so encoder
+    and latent_bias are NaN: a number that needs them comes out as not finite, which is an error, and not as wrong.
+    """
+
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        module: nn.Module,
+        decoder: Tensor,
+        pre_bias: Tensor,
+        normalize: Normalize | None,
+    ) -> None:
+        unknown = torch.full_like(decoder, torch.nan)
+        super().__init__(config, Weights(unknown, unknown[:, 0].clone(), decoder, pre_bias))
+        self.module = module
+        self._normalize = normalize
+
+    def normalize(self, raw: Float[Tensor, "*batch d_model"]) -> tuple[Float[Tensor, "*batch d_model"], NormStats]:
+        """What the module reads, and what to put back afterwards: nothing, without a `normalize` of its own."""
+        if self._normalize is not None:
+            return self._normalize(raw)
+        raw = raw.float()
+        return raw, NormStats(torch.zeros_like(raw[..., :1]), torch.ones_like(raw[..., :1]))
+
+    def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
+        """The module's active latents, the largest first. `ValueError` when one is negative."""
+        parts = [_sparse(self.module, part, self.config.n_latents) for part in x.split(_ROWS_AT_ONCE)]
+        width = max(indices.shape[1] for indices, _ in parts)
+        indices, values = (
+            torch.cat([nn.functional.pad(part[which], (0, width - part[which].shape[1])) for part in parts])
+            for which in (0, 1)
+        )
+        return SparseLatents(indices, values, self.config.n_latents)
+
+    def forward(self, raw: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The reconstruction of raw activations, in their own space and dtype."""
+        x, stats = self.normalize(raw)
+        recons = self.decode(self.encode(x.flatten(0, -2))).view_as(x)
+        return denormalize(recons, stats).to(raw.dtype)
+
+    def save(self, folder: str | Path) -> None:
+        raise ValueError(f"a wrapped {type(self.module).__name__} cannot be saved; save it with its own library")
+
+
+def _sparse(module: nn.Module, x: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
+    """Indices and values of the active latents, each row sorted by value."""
+    with torch.no_grad():
+        found = module.encode(x.to(**_place(module)))  # type: ignore[operator]
+    values, indices = (found.top_acts, found.top_indices.long()) if hasattr(found, "top_acts") else (found, None)
+    values = values.float()
+    if bool((values < 0).any()):
+        raise ValueError(f"encode of {type(module).__name__} gives negative activations; ours are >= 0")
+    top = values.topk(max(1, int((values > 0).sum(1).max())), dim=1)
+    return top.indices if indices is None else indices.gather(1, top.indices), top.values
+
+
+def _affine_decoder(module: nn.Module, n_latents: int, by_index: bool) -> tuple[Tensor, Tensor]:
+    """(decoder [n_latents, d_model], what all zeros decode to), with `decode` of one latent at a time.
+
+    `ValueError` unless `decode` of several latents is then their sum.
+    """
+    place = _place(module)
+
+    def decode(indices: Tensor, values: Tensor) -> Tensor:
+        if by_index:
+            return module.decode(values, indices).float()  # type: ignore[operator]
+        dense = torch.zeros(len(indices), n_latents, **place).scatter_(1, indices, values)
+        return module.decode(dense).float()  # type: ignore[operator]
+
+    every = torch.arange(n_latents, device=place["device"])[:, None]
+    pre_bias = decode(every[:1], torch.zeros(1, 1, **place))[0]
+    decoder = torch.cat([decode(part, torch.ones(len(part), 1, **place)) for part in every.split(_ROWS_AT_ONCE)])
+    decoder = (decoder - pre_bias).contiguous()
+    n_several = min(8, n_latents)
+    some = every[:: max(1, n_latents // n_several)][:n_several].T.contiguous()
+    values = torch.arange(1, some.shape[1] + 1, **place)[None]
+    expected = torch_sparse.decode(
+        SparseLatents(some, values.float(), n_latents), Weights(decoder, decoder[:, 0], decoder, pre_bias)
+    )
+    if not torch.allclose(
+        decode(some, values), expected, rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.abs().max())
+    ):
+        raise ValueError(
+            f"decode of {type(module).__name__} is not a weighted sum of directions and a bias; turn off "
+            "what it does besides, such as a normalisation that it takes back, and give it as normalize"
+        )
+    return decoder, pre_bias
+
+
+def _place(module: nn.Module) -> dict[str, Any]:
+    """Device and dtype of the module's parameters."""
+    parameter = next(module.parameters(), torch.empty(0))
+    return {"device": parameter.device, "dtype": parameter.dtype}

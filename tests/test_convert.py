@@ -1,0 +1,161 @@
+"""Foreign autoencoders as ours: stubs with the interfaces of three libraries, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from monosem import convert
+from monosem.evals import latents, progressive, reconstruction, refinement
+from monosem.model import Autoencoder, AutoencoderConfig, initial_weights, normalize
+
+D_MODEL, N_LATENTS, K = 12, 30, 4
+ROWS = torch.randn(90, D_MODEL, generator=torch.Generator().manual_seed(0)) + 1
+CLUSTERS = torch.arange(90) // 5
+OPTIONS = {"n_resamples": 30, "seed": 0}
+OURS = Autoencoder(
+    AutoencoderConfig(D_MODEL, N_LATENTS, K),
+    initial_weights(normalize(ROWS)[0], N_LATENTS, K, tied=True, seed=0),
+)
+
+
+class SaeLensLike(nn.Module):
+    """Every latent out, every latent in; W_enc [d, n], b_dec subtracted from the input."""
+
+    def __init__(self, k: int | None = K) -> None:
+        super().__init__()
+        self.k = k
+        self.W_enc = nn.Parameter(OURS.weights.encoder.T.clone())
+        self.W_dec = nn.Parameter(OURS.weights.decoder.clone())
+        self.b_enc, self.b_dec = nn.Parameter(torch.zeros(N_LATENTS)), nn.Parameter(OURS.weights.pre_bias.clone())
+
+    def encode(self, x: Tensor) -> Tensor:
+        pre_acts = (x - self.b_dec) @ self.W_enc + self.b_enc
+        if self.k is None:
+            return pre_acts.relu()
+        top = pre_acts.topk(self.k)
+        return torch.zeros_like(pre_acts).scatter(1, top.indices, top.values.relu())
+
+    def decode(self, z: Tensor) -> Tensor:
+        return z @ self.W_dec + self.b_dec
+
+
+class DictionaryLike(nn.Module):
+    """dictionary_learning's: linear layers, a bias of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(D_MODEL, N_LATENTS), nn.Linear(N_LATENTS, D_MODEL, bias=False)
+        self.encoder.weight.data, self.encoder.bias.data = OURS.weights.encoder.clone(), torch.zeros(N_LATENTS)
+        self.decoder.weight.data = OURS.weights.decoder.T.clone()
+        self.b_dec = nn.Parameter(OURS.weights.pre_bias.clone())
+
+    def encode(self, x: Tensor, return_active: bool = False) -> Tensor:
+        pre_acts = self.encoder(x - self.b_dec).relu()
+        top = pre_acts.topk(K)
+        return torch.zeros_like(pre_acts).scatter(1, top.indices, top.values)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z) + self.b_dec
+
+
+class Encoded(NamedTuple):
+    top_acts: Tensor
+    top_indices: Tensor
+    pre_acts: Tensor
+
+
+class SparsifyLike(nn.Module):
+    """Activations and indices, out and in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(D_MODEL, N_LATENTS)
+        self.encoder.weight.data, self.encoder.bias.data = OURS.weights.encoder.clone(), torch.zeros(N_LATENTS)
+        self.W_dec, self.b_dec = nn.Parameter(OURS.weights.decoder.clone()), nn.Parameter(OURS.weights.pre_bias.clone())
+
+    def encode(self, x: Tensor) -> Encoded:
+        pre_acts = self.encoder(x - self.b_dec).relu()
+        top = pre_acts.topk(K, sorted=False)
+        return Encoded(top.values, top.indices, pre_acts)
+
+    def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
+        return (top_acts[:, :, None] * self.W_dec[top_indices]).sum(1) + self.b_dec
+
+
+def wrapped(module: nn.Module) -> convert.Wrapped:
+    n_latents = N_LATENTS if isinstance(module, SparsifyLike) else None
+    return convert.wrap(module, D_MODEL, n_latents=n_latents, k=K, normalize=normalize)
+
+
+STUBS = pytest.mark.parametrize("stub", [SaeLensLike, DictionaryLike, SparsifyLike])
+
+
+@STUBS
+def test_wrapped_is_the_same_autoencoder(stub: type[nn.Module]) -> None:
+    autoencoder = wrapped(stub())
+    assert (autoencoder.config.n_latents, autoencoder.config.k) == (N_LATENTS, K)
+    torch.testing.assert_close(autoencoder.weights.decoder, OURS.weights.decoder, atol=1e-5, rtol=0)
+    torch.testing.assert_close(autoencoder.weights.pre_bias, OURS.weights.pre_bias)
+    x = normalize(ROWS)[0]
+    ours, theirs = OURS.encode(x), autoencoder.encode(x)
+    torch.testing.assert_close(theirs.values, ours.values, atol=1e-5, rtol=1e-5)
+    assert torch.equal(theirs.indices[ours.values > 0.01], ours.indices[ours.values > 0.01])
+    torch.testing.assert_close(autoencoder(ROWS.view(9, 10, -1)), OURS(ROWS.view(9, 10, -1)), atol=1e-4, rtol=1e-4)
+
+
+@STUBS
+def test_our_evaluations_measure_it(stub: type[nn.Module]) -> None:
+    numbers = []
+    for autoencoder in (OURS, wrapped(stub())):
+        tally = reconstruction.tally(autoencoder, [ROWS], CLUSTERS)
+        found = reconstruction.metrics(tally, **OPTIONS)
+        found += refinement.metrics(autoencoder, ROWS, CLUSTERS, **OPTIONS)
+        found += latents.breakdown(autoencoder, ROWS, CLUSTERS, CLUSTERS, **OPTIONS)[0]
+        found += latents.decoder_clustering(autoencoder, **OPTIONS)[0]
+        numbers.append([m.value for m in found])
+    assert numbers[1] == pytest.approx(numbers[0], rel=1e-3, abs=1e-4)
+
+
+def test_without_normalize_it_reads_raw_activations() -> None:
+    module = SaeLensLike(k=None)
+    autoencoder = convert.wrap(module, D_MODEL)
+    assert autoencoder.config.activation == "relu"
+    with torch.no_grad():
+        torch.testing.assert_close(autoencoder(ROWS), module.decode(module.encode(ROWS)), atol=1e-4, rtol=1e-4)
+
+
+def test_a_number_that_needs_the_encoder_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a finite number"):
+        progressive.metrics_on_activations(wrapped(SaeLensLike()), ROWS, CLUSTERS, 0.5, **OPTIONS)
+
+
+def test_wrap_says_what_does_not_fit(tmp_path: Path) -> None:
+    class Affine(SaeLensLike):
+        def decode(self, z: Tensor) -> Tensor:
+            return super().decode(z).square()
+
+    class Signed(SaeLensLike):
+        def encode(self, x: Tensor) -> Tensor:
+            return (x - self.b_dec) @ self.W_enc
+
+    class Pair(SaeLensLike):
+        def encode(self, x: Tensor) -> Tensor:
+            return (super().encode(x), x)  # type: ignore[return-value]
+
+    for module, message in (
+        (nn.Linear(2, 2), "Linear has no encode and decode"),
+        (Affine(), "decode of Affine is not a weighted sum"),
+        (Pair(), "encode of Pair gives tuple"),
+        (SparsifyLike(), "give n_latents"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert.wrap(module, D_MODEL)
+    with pytest.raises(ValueError, match="encode of Signed gives negative activations"):
+        convert.wrap(Signed(), D_MODEL).encode(ROWS)
+    with pytest.raises(ValueError, match="cannot be saved"):
+        wrapped(SaeLensLike()).save(tmp_path)
