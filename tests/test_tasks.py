@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import random
 from collections import Counter
 from pathlib import Path
@@ -177,6 +178,17 @@ def test_paper_tasks_are_named_once_and_say_what_they_stand_for() -> None:
     stems = [t.stem for t in tasks.PAPER_TASKS if t.stem]
     assert len(set(names)) == len(names) <= 61 and len(set(stems)) == len(stems)
     assert all(t.note for t in tasks.PAPER_TASKS)
+
+
+def test_the_committed_audit_is_of_these_sets_and_these_limits() -> None:
+    path = Path(__file__).parent.parent / "results" / "probes" / "audit.csv"
+    found = list(csv.DictReader(path.open(encoding="utf-8")))
+    numbers = ("length_auc", "last_character_accuracy")
+    broken = [tasks.broken_by({name: float(row[name]) for name in numbers}) or "" for row in found]
+    assert len(found) == 113 and [row["broken"] for row in found] == broken and sum(map(bool, broken)) == 6
+    stand_ins = {row["task"]: row["stands_for"] for row in found if row["stands_for"]}
+    assert stand_ins == {t.stem: t.name for t in tasks.PAPER_TASKS if t.stem}
+    assert not {row["task"] for row in found if row["broken"]} & set(stand_ins)
 
 
 @pytest.mark.real

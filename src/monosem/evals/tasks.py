@@ -59,6 +59,8 @@ class PaperTask(NamedTuple):
     stem: str | None
     """File of `sae-probes-text`; None when there is none."""
     note: str = "same data set; sampled and put into prompts by the authors of sae-probes"
+    confidence: str = "high"
+    """That the paper has such a task: high, or medium where it cites a collection and this is one of its sets."""
 
 
 _PHRASES = (
@@ -94,17 +96,17 @@ PAPER_TASKS = (
     ),
     *(PaperTask(f"phrase_{name}", f"{number}_{name}") for number, name in enumerate(_PHRASES, 65)),
     PaperTask("social_iqa", None, "only with three answers (86_social_iqa)"),
-    PaperTask("cola", "87_glue_cola"),
-    PaperTask("mrpc", "89_glue_mrpc"),
-    PaperTask("qnli", "90_glue_qnli"),
-    PaperTask("qqp", "91_glue_qqp"),
-    PaperTask("sst2", "92_glue_sst2"),
-    PaperTask("jigsaw", "95_toxic_is"),
+    PaperTask("cola", "87_glue_cola", confidence="medium"),
+    PaperTask("mrpc", "89_glue_mrpc", confidence="medium"),
+    PaperTask("qnli", "90_glue_qnli", confidence="medium"),
+    PaperTask("qqp", "91_glue_qqp", confidence="medium"),
+    PaperTask("sst2", "92_glue_sst2", confidence="medium"),
+    PaperTask("jigsaw", "95_toxic_is", confidence="medium"),
     PaperTask("agnews", None, "161-163_agnews_* are broken: their negatives are source code"),
     PaperTask("europarl", None, "not in sae-probes; which languages is not public to us"),
 )
-"""What is known of the paper's 61 tasks: those that the list inside sae-probes 0.4.2 (probing_datasets_MASTER) takes
-from the paper. Which the others are, and the exact sample and prompt of any, is not public to us."""
+"""What is believed of the paper's 61 tasks, from the data sets it cites and the notes ("From Gao") in the list of sets
+inside sae-probes 0.4.2. The others, and the sample, prompt and pooling of any, are not public to us."""
 
 
 def load(source: str) -> list[Task]:
