@@ -21,6 +21,7 @@ DEFAULT_CORPUS = "sae-probes-text"
 Dtype = Literal["bfloat16", "float32"]
 Impl = Literal["auto", "reference", "torch", "native", "triton"]
 Precision = Literal["auto", "fp32", "bf16", "int8"]
+Suite = Literal["basic", "quick", "paper"]
 
 VARIANTS = Path(__file__).parent / "variants"
 """Where the activation functions are, a file each (`monosem.variants`)."""
@@ -211,6 +212,10 @@ class EvalConfig:
     """Run folder (with autoencoder/ in it) or the folder of a released autoencoder."""
     store: str | None = None
     """Activation store with held-out tokens; default: the one the run was trained on."""
+    suite: Suite = "basic"
+    """basic: reconstruction and downstream. quick: every metric of the paper, in minutes. paper: the same, larger."""
+    tasks: str = DEFAULT_CORPUS
+    """Labelled texts of the probes: a folder of .csv files (text,label), hf:NAME, sae-probes-text or gao61."""
     n_tokens_downstream: int = 16_384
     """Held-out tokens on which the subject is run with and without the reconstruction."""
     n_bootstrap: int = 1000
@@ -221,6 +226,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "n_tokens_downstream")
         _at_least(self, 20, "n_bootstrap")
+        _one_of(self, "suite", Suite)
         _check_seed(self.seed)
 
 

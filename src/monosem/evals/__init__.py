@@ -1,13 +1,15 @@
 """Autoencoder -> numbers on held-out text, each with n and a 95% interval.
 
-One file a question: `reconstruction` (how well are activations rebuilt, with how many latents), `downstream` (what
-does the subject lose). docs/notation.md defines every number. The report is `eval.json` in the run folder.
+One file a question; `parts` says which parts a suite has and how large they are. Each part is kept in RUN/eval/ as soon
+as it is done, so that an interrupted evaluation goes on with the next one; eval.json in the run folder has them all.
+docs/notation.md defines every number.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +18,29 @@ import torch
 from monosem import artifacts
 from monosem.activations import ActivationStore
 from monosem.config import EvalConfig, activation_facts, to_dict
-from monosem.evals import downstream, reconstruction
-from monosem.evals.bootstrap import clusters_of
-from monosem.logs import progress
+from monosem.evals import reconstruction
+from monosem.evals.parts import PARTS, SIZES, Judged, reconstruction_part
 from monosem.model import Autoencoder
-from monosem.run_folder import autoencoder_folder, check_subject, open_run
-from monosem.subject import Subject
+from monosem.run_folder import autoencoder_folder, open_run
 from monosem.types import Metric, resolve_device
 
 log = logging.getLogger("monosem")
 
-_KIND = "evaluation"
-_REPORT_KEYS = ("run", "metrics", "histograms")
+_KIND, _PART_KIND = "evaluation", "evaluation-part"
+_REPORT_KEYS = ("run", "metrics", "histograms", "tables")
 _MAY_CHANGE = ("run", "store", "device")
 """Fields of the config that say where, not what; the hashes of autoencoder and store stand for the first two."""
+_USES = {"downstream": ("n_tokens_downstream",), "probes": ("tasks",)}
+"""Fields of the config, beside n_bootstrap and seed, on which a part depends."""
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """The report, also in eval.json: {"run": facts, "metrics": {name: {value, low, high, n, unit}}, "histograms": ...}.
+    """The report, also in eval.json: {"run": facts, "metrics": {name: {value, low, high, n, unit}}, "histograms": ...,
+    "tables": {part: {name: ...}}}.
 
-    Skipped, and read back, when eval.json is already of this autoencoder, store, config and version of monosem.
-    `ValueError` when there is no autoencoder, its store is missing or of another site or subject, or a number is not
-    finite.
+    Skipped, and read back, when eval.json is already of this autoencoder, store, config and version of monosem; parts
+    that are, are not done again. `ValueError` when there is no autoencoder, its store is missing or of another site or
+    subject, or a number is not finite.
     """
     autoencoder_folder(config.run)  # before the lock, which would make the folder
     with artifacts.folder_lock(config.run):
@@ -46,9 +49,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         settings = {name: value for name, value in to_dict(config).items() if name not in _MAY_CHANGE}
         sources = {"autoencoder": artifacts.sha256_file(folder / "config.json"), "store": store.hash}
         path = Path(config.run) / "eval.json"
-        if found := _finished(path, settings, sources):
-            return found
-        report = _report(config, autoencoder, store, device)
+        if found := _finished(path, _KIND, settings, sources):
+            log.info("%s is already of this autoencoder, store and config; skipped", path)
+            return {key: found[key] for key in _REPORT_KEYS}
+        judged = Judged(config, autoencoder, store, device)
+        parts = {name: _part(name, judged, sources) for name in SIZES[config.suite]}
+        report = _report(judged, parts)
         artifacts.write_json(path, artifacts.manifest(_KIND, settings, sources, **report))
     return report
 
@@ -68,99 +74,53 @@ def on_activations(
     autoencoder: Autoencoder, store: ActivationStore, device: torch.device | str, *, n_resamples: int, seed: int
 ) -> tuple[list[Metric], reconstruction.Tally]:
     """The metrics that need no subject model, and the sums over held-out tokens behind them."""
-    options = {"n_resamples": n_resamples, "seed": seed}
-    held_out = _tally(autoencoder, store, "held_out", store.n_blocks("held_out"), torch.device(device))
-    metrics = reconstruction.metrics(held_out, **options)
-    metrics += _training_metrics(autoencoder, store, torch.device(device), options)
-    side_by_side = ("normalized_mse", "normalized_mse_train")
-    return sorted(metrics, key=lambda metric: metric.name not in side_by_side), held_out
+    config = EvalConfig(run="", n_bootstrap=n_resamples, seed=seed)
+    judged = Judged(config, autoencoder, store, torch.device(device))
+    return reconstruction_part(judged).metrics, judged.held_out
 
 
-def _report(
-    config: EvalConfig, autoencoder: Autoencoder, store: ActivationStore, device: torch.device
-) -> dict[str, Any]:
-    options = {"n_resamples": config.n_bootstrap, "seed": config.seed}
-    metrics, held_out = on_activations(autoencoder, store, device, **options)
-    found, facts = _downstream(config, autoencoder, store, options)
-    metrics += found
-    run = {**_facts(autoencoder, store), "n_documents_held_out": len(held_out.codes), **facts}
+def _part(name: str, judged: Judged, sources: dict[str, str]) -> dict[str, Any]:
+    """The part's `metrics` and `tables` as JSON data, out of RUN/eval/NAME.json if they are there, else kept there."""
+    config, sizes = judged.config, SIZES[judged.config.suite][name]
+    fields = ("n_bootstrap", "seed", *_USES.get(name, ()))
+    settings = {**{field: getattr(config, field) for field in fields}, "sizes": sizes, "full": config.suite != "basic"}
+    path = Path(config.run) / "eval" / f"{name}.json"
+    if found := _finished(path, _PART_KIND, settings, sources):
+        log.info("%s: already there", name)
+        return found
+    started = time.monotonic()
+    metrics, tables = PARTS[name](judged, **sizes)
+    by_name = {m.name: {k: v for k, v in dataclasses.asdict(m).items() if k != "name"} for m in metrics}
+    found = artifacts.manifest(
+        _PART_KIND, settings, sources, metrics=by_name, tables=tables, seconds=round(time.monotonic() - started, 1)
+    )
+    artifacts.write_json(path, found)
+    log.info("%s: %.1f s", name, found["seconds"])
+    return found
+
+
+def _report(judged: Judged, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    tables = {name: dict(part["tables"]) for name, part in parts.items()}
+    facts = {name: value for kept in tables.values() for name, value in kept.pop("facts", {}).items()}
+    histogram = tables["reconstruction"].pop("density_log10")
     return {
-        "run": run,
-        "metrics": {m.name: {k: v for k, v in dataclasses.asdict(m).items() if k != "name"} for m in metrics},
-        "histograms": {"density_log10": reconstruction.density_histogram(held_out.n_fired, held_out.n_tokens)},
+        "run": {**_facts(judged.autoencoder, judged.store), **facts},
+        "metrics": {name: metric for part in parts.values() for name, metric in part["metrics"].items()},
+        "histograms": {"density_log10": histogram},
+        "tables": {name: kept for name, kept in tables.items() if kept},
     }
 
 
-def _training_metrics(
-    autoencoder: Autoencoder, store: ActivationStore, device: torch.device, options: dict[str, int]
-) -> list[Metric]:
-    """dead_fraction as training measured it, and normalized_mse_train on as many training tokens as were held out."""
-    metrics = []
-    dead = autoencoder.provenance.get("dead_latents")
-    if dead is None:
-        log.info("dead_fraction is left out: the autoencoder does not say how many latents were dead in training")
-    else:
-        count, window = dead["count"], dead["window_tokens"]
-        metrics.append(reconstruction.share_of_latents("dead_fraction", count, autoencoder.config.n_latents, window))
-    if autoencoder.provenance.get("sources", {}).get("store") != store.hash:
-        log.info("normalized_mse_train is left out: the autoencoder was trained on another store than %s", store.path)
-        return metrics
-    n_blocks = min(store.n_blocks("held_out"), store.n_blocks("train"))
-    training = _tally(autoencoder, store, "train", n_blocks, device)
-    return [*metrics, reconstruction.training_metric(training, **options)]
-
-
-def _downstream(
-    config: EvalConfig, autoencoder: Autoencoder, store: ActivationStore, options: dict[str, int]
-) -> tuple[list[Metric], dict[str, int]]:
-    """The metrics, and the tokens that the subject read and the sink positions left out of them."""
-    site = store.site
-    subject = Subject.load(site.model, revision=site.revision, dtype="float32", device=config.device)
-    check_subject(subject, store)
-    if not subject.has_logits:
-        log.info("downstream numbers are left out: %s is an encoder and predicts no next token", subject.name)
-        return [], {"n_tokens_downstream": 0, "n_first_positions_left_out": 0}
-    contexts = store.contexts("held_out")
-    n_contexts = min(len(contexts.tokens), max(2, -(-config.n_tokens_downstream // store.context_length)))
-    n_tokens = n_contexts * store.context_length
-    if n_tokens < config.n_tokens_downstream:
-        log.info("downstream: the store has %d held-out tokens, not %d", n_tokens, config.n_tokens_downstream)
-    chosen = torch.arange(n_contexts) * len(contexts.tokens) // n_contexts  # spread evenly, to meet many documents
-    metrics = downstream.metrics(
-        subject,
-        autoencoder,
-        site,
-        contexts.tokens[chosen],
-        contexts.documents[chosen],
-        store.mean,
-        first_position=store.first_position,
-        **options,
-    )
-    left_out = n_contexts * store.first_position
-    return metrics, {"n_tokens_downstream": n_tokens, "n_first_positions_left_out": left_out}
-
-
-def _tally(
-    autoencoder: Autoencoder, store: ActivationStore, split: str, n_blocks: int, device: torch.device
-) -> reconstruction.Tally:
-    """The tally of the first `n_blocks` blocks of the split."""
-    n_contexts = n_blocks * store.block_rows // store.rows_per_context
-    clusters = clusters_of(store.contexts(split).documents[:n_contexts]).repeat_interleave(store.rows_per_context)
-    shown = progress(range(n_blocks), f"reconstruct {split}", "tok", total=len(clusters), each=store.block_rows)
-    return reconstruction.tally(autoencoder, (store.block(split, index) for index in shown), clusters, device)
-
-
-def _finished(path: Path, settings: dict[str, Any], sources: dict[str, str]) -> dict[str, Any] | None:
-    """The report in `path` if it answers this very question, else None."""
+def _finished(path: Path, kind: str, settings: dict[str, Any], sources: dict[str, str]) -> dict[str, Any] | None:
+    """The manifest in `path` if it answers this very question, else None."""
     if not path.exists():
         return None
-    found = artifacts.read_manifest(path, _KIND)
+    found = artifacts.read_manifest(path, kind)
     version = artifacts.versions().get("monosem")
     if (found["config"], found["sources"], found["versions"].get("monosem")) != (settings, sources, version):
         log.info("%s is of another config, autoencoder, store or version: evaluating again", path)
         return None
-    log.info("%s is already of this autoencoder, store and config; skipped", path)
-    return {key: found[key] for key in _REPORT_KEYS}
+    return found
 
 
 def _facts(autoencoder: Autoencoder, store: ActivationStore) -> dict[str, Any]:

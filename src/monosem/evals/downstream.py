@@ -55,8 +55,6 @@ def metrics(
     counted. Intervals resample documents, the same ones for every number. `ValueError` when a context leaves no
     prediction to count, or a number is not finite.
     """
-    if tokens.shape[1] - 1 - first_position < 1:
-        raise ValueError(f"contexts of {tokens.shape[1]} tokens leave no prediction to count; harvest longer contexts")
     patches = patches_of(autoencoder, mean)
     sums = sums_of(subject, site, tokens, clusters_of(documents), list(patches.values()), first_position)
     return metrics_of(sums, n_resamples=n_resamples, seed=seed)
@@ -102,6 +100,8 @@ def sums_of(
 
     The positions before `first_position` are not patched.
     """
+    if tokens.shape[1] - 1 - first_position < 1:
+        raise ValueError(f"contexts of {tokens.shape[1]} tokens leave no prediction to count; harvest longer contexts")
     context_length = tokens.shape[1]
     largest = max(1, _LOGITS_BYTES // (4 * subject.vocab_size * context_length))
     batch = -(-len(tokens) // -(-len(tokens) // largest))  # as few batches as fit, of nearly equal size

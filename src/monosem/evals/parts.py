@@ -1,0 +1,298 @@
+"""The parts of an evaluation, a function each, and how large each is in a suite.
+
+A part answers one question about one autoencoder: it gives metrics, and the tables and curves behind them as plain JSON
+data. `Judged` holds what they share. A part that has no meaning for a subject or an autoencoder gives nothing and says
+so in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from monosem.activations import ActivationStore
+from monosem.config import EvalConfig, activation_facts
+from monosem.evals import (
+    ablation,
+    compute_equivalent,
+    downstream,
+    explainability,
+    latents,
+    probes,
+    progressive,
+    reconstruction,
+    refinement,
+    simulation,
+    tasks,
+)
+from monosem.evals.bootstrap import clusters_of
+from monosem.logs import progress
+from monosem.model import Autoencoder
+from monosem.n2g import LatentReader
+from monosem.run_folder import check_subject
+from monosem.subject import Subject
+from monosem.types import Metric
+
+log = logging.getLogger("monosem")
+
+SIZES: dict[str, dict[str, dict[str, int]]] = {
+    "basic": {"reconstruction": {}, "downstream": {}},
+    "quick": {
+        "reconstruction": {},
+        "latents": {"n_rows": 16_384},
+        "downstream": {},
+        "refinement": {"n_rows": 4_096},
+        "progressive": {"n_rows": 16_384, "n_tokens": 4_096},
+        "ablation": {"n_ablations": 200},
+        "probes": {"n_tasks": 8, "n_texts": 500},
+        "explainability": {"n_latents": 32, "n_examples": 8, "n_tokens_building": 200_000, "n_tokens_simulated": 4_096},
+    },
+    "paper": {
+        "reconstruction": {},
+        "latents": {"n_rows": 65_536},
+        "downstream": {},
+        "refinement": {"n_rows": 16_384},
+        "progressive": {"n_rows": 65_536, "n_tokens": 16_384},
+        "ablation": {"n_ablations": 1_000},
+        "probes": {"n_tasks": 1_000, "n_texts": 2_000},
+        "explainability": {
+            "n_latents": 128, "n_examples": 16, "n_tokens_building": 1_000_000, "n_tokens_simulated": 16_384
+        },
+    },
+}  # fmt: skip
+"""Suite -> its parts, in order -> their sizes. Smaller sizes give wider intervals, nothing else."""
+
+
+class Part(NamedTuple):
+    """What one part found."""
+
+    metrics: list[Metric]
+    tables: dict[str, Any]
+    """Tables, curves and facts as JSON data, by name."""
+
+
+class Rows(NamedTuple):
+    """Activations, raw, with the cluster of text and the position in its context of each."""
+
+    rows: Float[Tensor, "n width"]
+    clusters: Int[Tensor, " n"]
+    positions: Int[Tensor, " n"]
+
+
+class Judged:
+    """One autoencoder and what its parts share, loaded when first asked for."""
+
+    def __init__(
+        self, config: EvalConfig, autoencoder: Autoencoder, store: ActivationStore, device: torch.device
+    ) -> None:
+        self.config, self.autoencoder, self.store, self.device = config, autoencoder, store, device
+        self.options = {"n_resamples": config.n_bootstrap, "seed": config.seed}
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The subject in float32, checked to be the store's: small differences of losses drown in bf16 logits."""
+        return self._subject("float32")
+
+    @cached_property
+    def reading_subject(self) -> Subject:
+        """The subject as it was harvested, to read activations off new texts."""
+        return self._subject(self.store.config["dtype"])
+
+    def _subject(self, dtype: str) -> Subject:
+        site = self.store.site
+        subject = Subject.load(site.model, revision=site.revision, dtype=dtype, device=self.config.device)
+        check_subject(subject, self.store)
+        return subject
+
+    @cached_property
+    def held_out(self) -> reconstruction.Tally:
+        """The sums over all held-out tokens."""
+        return self.tally("held_out", self.store.n_blocks("held_out"))
+
+    def tally(self, split: str, n_blocks: int) -> reconstruction.Tally:
+        """The tally of the first `n_blocks` blocks of the split."""
+        store = self.store
+        clusters = self._clusters(split, n_blocks)
+        shown = progress(range(n_blocks), f"reconstruct {split}", "tok", total=len(clusters), each=store.block_rows)
+        blocks = (store.block(split, index) for index in shown)
+        return reconstruction.tally(self.autoencoder, blocks, clusters, self.device)
+
+    def rows(self, n_rows: int, split: str = "held_out") -> Rows:
+        """The rows of the first whole blocks with at least `n_rows`, or all there are, on the device."""
+        store = self.store
+        n_blocks = min(store.n_blocks(split), -(-n_rows // store.block_rows))
+        rows = torch.cat([store.block(split, index) for index in range(n_blocks)]).float().to(self.device)
+        positions = torch.arange(len(rows)) % store.rows_per_context + store.first_position
+        return Rows(rows, self._clusters(split, n_blocks), positions)
+
+    def contexts(self, n_tokens: int) -> tuple[Int[Tensor, "n ctx"], Int[Tensor, "n ctx"]]:
+        """Tokens and documents of about `n_tokens` held-out tokens in whole contexts, spread evenly over them."""
+        found = self.store.contexts("held_out")
+        n_contexts = min(len(found.tokens), max(2, -(-n_tokens // self.store.context_length)))
+        if n_contexts * self.store.context_length < n_tokens:
+            log.info("the store has %d held-out tokens, not %d", n_contexts * self.store.context_length, n_tokens)
+        chosen = torch.arange(n_contexts) * len(found.tokens) // n_contexts
+        return found.tokens[chosen], found.documents[chosen]
+
+    def _clusters(self, split: str, n_blocks: int) -> Int[Tensor, " n"]:
+        n_contexts = n_blocks * self.store.block_rows // self.store.rows_per_context
+        documents = self.store.contexts(split).documents[:n_contexts]
+        return clusters_of(documents).repeat_interleave(self.store.rows_per_context)
+
+
+def reconstruction_part(judged: Judged) -> Part:
+    """Error, L0 and the like on all held-out tokens, and what training measured."""
+    found = reconstruction.metrics(judged.held_out, **judged.options) + _training_metrics(judged)
+    side_by_side = ("normalized_mse", "normalized_mse_train")
+    found.sort(key=lambda metric: metric.name not in side_by_side)
+    histogram = reconstruction.density_histogram(judged.held_out.n_fired, judged.held_out.n_tokens)
+    facts = {"n_documents_held_out": len(judged.held_out.codes)}
+    return Part(found, {"density_log10": histogram, "facts": facts})
+
+
+def _training_metrics(judged: Judged) -> list[Metric]:
+    """dead_fraction as training measured it, and normalized_mse_train on as many training tokens as were held out."""
+    autoencoder, store = judged.autoencoder, judged.store
+    metrics = []
+    dead = autoencoder.provenance.get("dead_latents")
+    if dead is None:
+        log.info("dead_fraction is left out: the autoencoder does not say how many latents were dead in training")
+    else:
+        count, window = dead["count"], dead["window_tokens"]
+        metrics.append(reconstruction.share_of_latents("dead_fraction", count, autoencoder.config.n_latents, window))
+    if autoencoder.provenance.get("sources", {}).get("store") != store.hash:
+        log.info("normalized_mse_train is left out: the autoencoder was trained on another store than %s", store.path)
+        return metrics
+    training = judged.tally("train", min(store.n_blocks("held_out"), store.n_blocks("train")))
+    return [*metrics, reconstruction.training_metric(training, **judged.options)]
+
+
+def latents_part(judged: Judged, n_rows: int) -> Part:
+    """Where the error lies, which latents are dense, how crowded the decoder is, and what as many PCA directions do."""
+    metrics, curves = latents.breakdown(judged.autoencoder, *judged.rows(n_rows), **judged.options)
+    metrics += latents.dense_latents(judged.held_out.n_fired, judged.held_out.n_tokens)
+    found, cosines = latents.decoder_clustering(judged.autoencoder, **judged.options)
+    pca = latents.fit_pca(judged.autoencoder, judged.rows(n_rows, "train").rows, judged.autoencoder.config.k)
+    rows, clusters, _ = judged.rows(n_rows)
+    metrics += found + latents.pca_on_activations(judged.autoencoder, pca, rows, clusters, **judged.options)
+    return Part(metrics, {**curves, "largest_cosines": cosines})
+
+
+def downstream_part(judged: Judged) -> Part:
+    """What the subject loses, beside both ablations; and the compute that a model with that loss would have cost."""
+    subject, store, n_tokens = judged.subject, judged.store, judged.config.n_tokens_downstream
+    if _has_no_logits(subject, "downstream numbers"):
+        return Part([], {"facts": {"n_tokens_downstream": 0, "n_first_positions_left_out": 0}})
+    tokens, documents = judged.contexts(n_tokens)
+    patches = list(downstream.patches_of(judged.autoencoder, store.mean).values())
+    clusters, first = clusters_of(documents), store.first_position
+    sums = downstream.sums_of(subject, store.site, tokens, clusters, patches, first)
+    metrics = downstream.metrics_of(sums, **judged.options)
+    facts = {"n_tokens_downstream": tokens.numel(), "n_first_positions_left_out": len(tokens) * first}
+    tables: dict[str, Any] = {"facts": facts}
+    if judged.config.suite != "basic":
+        found, tables["compute_equivalent"] = _compute_equivalent(judged, sums, metrics)
+        metrics += found
+        k = judged.autoencoder.config.k
+        pca = latents.fit_pca(judged.autoencoder, judged.rows(tokens.numel(), "train").rows, k)
+        read = subject, judged.autoencoder, pca, store.site, tokens, documents
+        metrics += latents.pca_downstream(*read, first_position=first, **judged.options)
+    return Part(metrics, tables)
+
+
+def _compute_equivalent(judged: Judged, sums: Tensor, metrics: list[Metric]) -> tuple[list[Metric], dict[str, Any]]:
+    curve = compute_equivalent.read_curve()
+    pretraining = curve.subjects.get(judged.store.site.model)
+    if pretraining is None:
+        log.info("compute_equivalent is left out: the pretraining of %s is not known", judged.store.site.model)
+        return [], {}
+    found, facts = compute_equivalent.metrics(sums, curve, pretraining, **judged.options)
+    value = {metric.name: metric.value for metric in metrics}
+    facts["sensitivity"] = compute_equivalent.sensitivity(value["ce_original"], value["delta_ce"], pretraining)
+    return found, facts
+
+
+def refinement_part(judged: Judged, n_rows: int) -> Part:
+    """What re-optimising the activations gains, and which way they were off."""
+    rows, clusters, _ = judged.rows(n_rows)
+    return Part(refinement.metrics(judged.autoencoder, rows, clusters, **judged.options), {})
+
+
+def progressive_part(judged: Judged, n_rows: int, n_tokens: int) -> Part:
+    """Error and loss at other numbers of latents than k, and at a fixed threshold."""
+    autoencoder, store = judged.autoencoder, judged.store
+    if "k" not in activation_facts(autoencoder.config.activation).uses:
+        log.info("progressive recovery is left out: activation %s has no k", autoencoder.config.activation)
+        return Part([], {})
+    rows, clusters, _ = judged.rows(n_rows)
+    threshold = progressive.matched_threshold(autoencoder, judged.rows(n_rows, "train").rows, autoencoder.config.k)
+    metrics = progressive.metrics_on_activations(autoencoder, rows, clusters, threshold, **judged.options)
+    if not _has_no_logits(judged.subject, "progressive losses"):
+        text = judged.contexts(n_tokens)
+        read = judged.subject, autoencoder, store.site, *text, threshold
+        metrics += progressive.metrics_downstream(*read, first_position=store.first_position, **judged.options)
+    return Part(metrics, {"curve": progressive.curve(metrics), "facts": {"threshold": threshold}})
+
+
+def ablation_part(judged: Judged, n_ablations: int) -> Part:
+    """How many logits one latent moves."""
+    if _has_no_logits(judged.subject, "ablations"):
+        return Part([], {})
+    first, text = judged.store.first_position, judged.contexts(64 * n_ablations)
+    read = judged.subject, judged.autoencoder, judged.store.site, *text
+    metrics, effects = ablation.metrics(*read, first_position=first, n_ablations=n_ablations, **judged.options)
+    return Part(metrics, {"effects": effects})
+
+
+def probes_part(judged: Judged, n_tasks: int, n_texts: int) -> Part:
+    """How well the best single latent answers labelled tasks."""
+    found = tasks.load(judged.config.tasks)
+    chosen = [found[i * len(found) // n_tasks] for i in range(n_tasks)] if n_tasks < len(found) else found
+    read = judged.reading_subject, judged.autoencoder, judged.store.site, chosen
+    metrics, rows = probes.metrics(*read, n_texts=n_texts, **judged.options)
+    return Part(metrics, {"tasks": rows})
+
+
+def explainability_part(
+    judged: Judged, n_latents: int, n_examples: int, n_tokens_building: int, n_tokens_simulated: int
+) -> Part:
+    """How well rules read off examples predict latents, and what the subject loses when latents take their values."""
+    if _has_no_logits(judged.reading_subject, "explanations"):
+        return Part([], {})
+    reader = LatentReader(judged.reading_subject, judged.autoencoder, judged.store.site)
+    scores, explanations = explainability.metrics(
+        reader,
+        judged.store,
+        n_latents=min(n_latents, reader.n_latents),
+        n_top=n_examples,
+        n_random=n_examples,
+        n_tokens_building=n_tokens_building,
+        **judged.options,
+    )
+    whole = LatentReader(judged.subject, judged.autoencoder, judged.store.site)
+    simulated = simulation.metrics(whole, explanations, *judged.contexts(n_tokens_simulated), **judged.options)
+    return Part(scores.metrics + simulated, {"latents": scores.rows})
+
+
+def _has_no_logits(subject: Subject, what: str) -> bool:
+    if not subject.has_logits:
+        log.info("%s are left out: %s is an encoder and predicts no next token", what, subject.name)
+    return not subject.has_logits
+
+
+PARTS: dict[str, Callable[..., Part]] = {
+    "reconstruction": reconstruction_part,
+    "latents": latents_part,
+    "downstream": downstream_part,
+    "refinement": refinement_part,
+    "progressive": progressive_part,
+    "ablation": ablation_part,
+    "probes": probes_part,
+    "explainability": explainability_part,
+}
