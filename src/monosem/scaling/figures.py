@@ -6,6 +6,7 @@ gives the same bytes: no dates, no random ids.
 
 from __future__ import annotations
 
+import functools
 import html
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,7 +47,7 @@ def write(report: dict[str, Any], out: Path) -> None:
     """figures/NAME.png of every picture, and scaling.html with all of them; `ValueError` without the extra `lab`."""
     found = pictures(report)
     for picture in found:
-        artifacts.write_atomic(out / "figures" / f"{picture.name}.png", lambda path, p=picture: _png(p, path))
+        artifacts.write_atomic(out / "figures" / f"{picture.name}.png", functools.partial(_png, picture))
     page = _page(found, report)
     artifacts.write_atomic(out / "scaling.html", lambda path: _text(path, page))
 
@@ -194,7 +195,7 @@ def _shown(series: list[Series]) -> Iterable[tuple[Series, str, bool]]:
 def _png(picture: Picture, path: Path) -> None:
     figure = library("matplotlib.figure").Figure(figsize=(7, 4.6), dpi=120, layout="constrained")
     axes = figure.subplots()
-    styles = {
+    styles: dict[str, dict[str, Any]] = {
         "points": {"ls": "", "marker": "o", "ms": 4},
         "line": {"lw": 1.2},
         "curve": {"lw": 0.7, "marker": ".", "ms": 4},
