@@ -153,7 +153,14 @@ def test_an_empty_folder_name_never_means_the_current_folder(
 
 
 def test_help_of_every_command_lists_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    for command, flag in {"harvest": "--n-tokens", "train": "--auxk", "eval": "--store", "run": "--train.k"}.items():
+    for command, flag in {
+        "harvest": "--n-tokens",
+        "train": "--auxk",
+        "eval": "--store",
+        "run": "--train.k",
+        "scale": "--families",
+        "plan": "--hours",
+    }.items():
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])
         assert not stop.value.code and flag in capsys.readouterr().out

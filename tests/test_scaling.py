@@ -179,6 +179,25 @@ def test_a_frontier_at_the_edge_of_the_sizes_cannot_tell(tmp_path: Path) -> None
     assert found["verdict"] == "cannot tell" and "widen the sizes" in found["reason"]
 
 
+def test_converged_tokens_lie_between_the_doublings_on_both_sides_of_one_percent(tmp_path: Path) -> None:
+    nmse = {1.0: 0.5, 1.9: 0.46, 4.0: 0.455, 8.0: 0.4545}  # gains: 8.5% (ratio 1.9), 1.0% (ratio 2.1), 0.1%
+    table = [row("r", 1024, 8, tokens * 2**20, value) for tokens, value in nmse.items()]
+    (found,) = tables.converged(tables.read_table(write(tmp_path, table) / "runs.csv").points)
+    assert 4.0 <= found.tokens / 2**20 <= 8.0 and found.point.normalized_mse == 0.4545
+    nmse[8.0] = 0.44
+    table = [row("r", 1024, 8, tokens * 2**20, value) for tokens, value in nmse.items()]
+    (found,) = tables.converged(tables.read_table(write(tmp_path, table[:2]) / "runs.csv").points)
+    assert math.isnan(found.tokens) and "still gained 8." in found.reason
+
+
+def test_a_parquet_table_reads_as_the_csv(tmp_path: Path) -> None:
+    parquet, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    table = rows(ks=(8,), doublings=1)
+    csv = tables.read_table(write(tmp_path, table) / "runs.csv")
+    parquet.write_table(pa.Table.from_pylist(table), tmp_path / "other.parquet")
+    assert tables.read_table(tmp_path / "other.parquet").points == csv.points
+
+
 # what is left out
 
 
@@ -322,7 +341,7 @@ def test_costs_are_recovered_from_the_table(tmp_path: Path) -> None:
 def test_figures_are_drawn_and_the_same_bytes_twice(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("plotly")
-    table = [*rows(converging, ks=(16, 32), doublings=7), *relu_rows(4096, 0.1)]
+    table = [*rows(converging, ks=(32,), sizes=SIZES[:4], doublings=5), *relu_rows(4096, 0.1)]
     write(tmp_path, table)
     seen = []
     for _ in range(2):
