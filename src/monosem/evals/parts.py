@@ -266,6 +266,9 @@ def explainability_part(
     if _has_no_logits(judged.reading_subject, "explanations"):
         return Part([], {})
     reader = LatentReader(judged.reading_subject, judged.autoencoder, judged.store.site)
+    n_tokens = min(explainability.N_TOKENS, judged.store.n_rows("held_out"))
+    if n_tokens < explainability.N_TOKENS:
+        log.info("rules are judged on the store's %d held-out tokens, not %d", n_tokens, explainability.N_TOKENS)
     scores, explanations = explainability.metrics(
         reader,
         judged.store,
@@ -273,6 +276,7 @@ def explainability_part(
         n_top=n_examples,
         n_random=n_examples,
         n_tokens_building=n_tokens_building,
+        n_tokens=n_tokens,
         **judged.options,
     )
     whole = LatentReader(judged.subject, judged.autoencoder, judged.store.site)

@@ -1,0 +1,96 @@
+"""`monosem eval --suite`: every metric of the paper in one report, part by part, resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import statistics
+from pathlib import Path
+
+import pytest
+
+from monosem.activations import harvest
+from monosem.config import EvalConfig, HarvestConfig, TrainConfig
+from monosem.evals import evaluate, parts
+from monosem.training import train
+from tiny import tiny_texts
+
+TINY = {
+    "reconstruction": {},
+    "latents": {"n_rows": 200},
+    "downstream": {},
+    "refinement": {"n_rows": 100},
+    "progressive": {"n_rows": 200, "n_tokens": 128},
+    "ablation": {"n_ablations": 12},
+    "probes": {"n_tasks": 2, "n_texts": 60},
+    "explainability": {"n_latents": 4, "n_examples": 2, "n_tokens_building": 1000, "n_tokens_simulated": 128},
+}
+NAMES = (
+    *("probe_loss", "n2g_recall", "n2g_precision", "explanation_kl", "ablation_sparsity", "refined_normalized_mse"),
+    *("progressive_normalized_mse_k1", "progressive_delta_ce_k4", "normalized_mse", "kl", "pca_normalized_mse"),
+)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> EvalConfig:
+    """A short run on contexts long enough to ablate in, and three small labelled sets."""
+    out = tmp_path_factory.mktemp("suite")
+    texts = tiny_texts(400)
+    (out / "text.jsonl").write_text("".join(json.dumps({"text": text[-200:]}) + "\n" for text in texts), "utf-8")
+    (out / "tasks").mkdir()
+    for name in "aoi":
+        often = statistics.median(text[-90:].count(name) for text in texts)
+        rows = [f"{text[-90:]},{int(text[-90:].count(name) > often)}" for text in texts]
+        (out / "tasks" / f"{name}.csv").write_text("text,label\n" + "\n".join(rows) + "\n", "utf-8")
+    harvest(
+        HarvestConfig(
+            out=str(out / "store"), model=str(tiny_model), corpus=str(out / "text.jsonl"), context_length=32,
+            n_tokens=2000, n_tokens_held_out=1500, held_out_fraction=0.4, dtype="float32", block_contexts=8,
+            device="cpu",
+        )
+    )  # fmt: skip
+    train(TrainConfig(out=str(out), store=str(out / "store"), n_latents=48, k=4, n_tokens=3000, batch_size=100))
+    return EvalConfig(
+        run=str(out), suite="quick", tasks=str(out / "tasks"), n_tokens_downstream=512, n_bootstrap=20, device="cpu"
+    )
+
+
+@pytest.fixture(autouse=True)
+def tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(parts.SIZES, "quick", TINY)
+
+
+def test_the_suite_gives_every_metric_with_n_and_interval(run: EvalConfig) -> None:
+    report = evaluate(run)
+    assert set(NAMES) <= set(report["metrics"])
+    for name, metric in report["metrics"].items():
+        assert metric["low"] <= metric["high"] and metric["n"] > 0, name
+    assert {"ablation", "probes", "explainability", "progressive", "latents"} <= set(report["tables"])
+    assert len({row["task"] for row in report["tables"]["probes"]["tasks"]}) == 2
+    assert json.loads((Path(run.run) / "eval.json").read_text())["metrics"] == report["metrics"]
+
+
+def test_parts_that_are_done_are_not_done_again(
+    run: EvalConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a kill between two parts: eval.json is not there yet, one part is missing."""
+    caplog.set_level(logging.INFO, "monosem")
+    report = evaluate(run)
+    (Path(run.run) / "eval.json").unlink()
+    (Path(run.run) / "eval" / "refinement.json").unlink()
+    done = []
+    for name, part in list(parts.PARTS.items()):
+        monkeypatch.setitem(parts.PARTS, name, lambda *a, n=name, p=part, **k: done.append(n) or p(*a, **k))
+    assert evaluate(run)["metrics"] == report["metrics"]
+    assert done == ["refinement"]
+    done.clear()
+    evaluate(dataclasses.replace(run, n_tokens_downstream=640))
+    assert done == ["downstream"]
+
+
+def test_a_folder_without_tasks_is_said_before_eval_json_is_written(run: EvalConfig, tmp_path: Path) -> None:
+    (Path(run.run) / "eval.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="has no .csv file; give a folder of them"):
+        evaluate(dataclasses.replace(run, tasks=str(tmp_path)))
+    assert not (Path(run.run) / "eval.json").exists()
