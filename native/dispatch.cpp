@@ -1,12 +1,31 @@
 // Which level runs: the best that both this build and this CPU have, unless one is forced.
 #include <cstring>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "step.h"
 
 namespace monosem {
 namespace {
 
-constexpr int kLevels = 3;
+constexpr int kLevels = 4;
+
+/// Whether this CPU has matrix tiles and the kernel lets this process use them (Linux: once asked, for all its threads).
+bool amx_is_allowed() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAll) == kAll &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 struct Available {
   const Level* levels[kLevels] = {};
@@ -17,8 +36,10 @@ struct Available {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")) {
+      if (level_amx() && amx_is_allowed()) add(level_amx());
       add(level_avx512());
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) add(level_avx2());
 #endif
     add(level_portable());

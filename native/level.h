@@ -16,7 +16,10 @@ namespace monosem {
 enum class Precision : int32_t { fp32 = 0, bf16 = 1, int8 = 2 };
 
 /// The encoder, packed for a level's product, and the terms of the bound on that product's error (README, "Interval").
+///
+/// The latents may be packed in any order: the arrays are indexed by a latent's *place*, and so are candidates.
 struct PackedEncoder {
+  const uint32_t* latent;  // [N] of a place; null: place and latent are the same
   uint32_t* panels;    // [n_panels][steps][panel_latents]
   float* scale;        // [N padded] real value of one unit of the packed integers; 1 for fp32 and bf16
   int32_t* offset;     // [N padded] int8: what shifting the rows by 128 adds to every product
@@ -48,7 +51,7 @@ struct RowsTask {
   double* squared;   // [B] |residual|^2
 
   int64_t auxk;               // 0: off
-  const uint32_t* dead_bits;  // [n_panels] bit j of word p: latent p * panel_latents + j is dead
+  int64_t n_dead;             // the dead latents have the first places
   float* aux_residual;        // [B, stride] recons_aux - (x - recons)
   int32_t* aux_index;         // [B, auxk] in no order
   float* aux_value;           // [B, auxk]
@@ -61,7 +64,10 @@ struct RowsTask {
 struct RowsStats {
   int64_t n_rescored;   // canonical dot products of the top k
   int64_t n_saturated;  // rows whose candidates outgrew their buffer and were scored exactly, latent by latent
-  int64_t n_recalled;   // chosen latents that the low-precision product alone would have chosen
+  int64_t n_rerun;      // rows whose threshold started too high, so that they were swept once more
+  int64_t n_recalled;   // chosen latents that are among the k of largest upper bounds on their row
+  int64_t n_chosen;     // positive latents of the top k, on rows that were not saturated
+  int64_t product_ns;   // in the product and its threshold test; in the end the mean of the threads
 };
 
 /// One active latent of one row, as the gradient of the latent sees it.
@@ -115,17 +121,19 @@ struct UpdateTask {
 
 struct Level {
   const char* name;
-  int64_t tile_rows, panel_latents;
+  int64_t panel_latents;
   bool has_low;  // bf16 and int8; else they run as fp32
 
   /// 32-bit words a row takes when packed.
   int64_t (*packed_words)(Precision, int64_t d_model);
+  int64_t (*tile_rows)(Precision);
   void (*pack_encoder)(Precision, const float* encoder, const float* latent_bias, int64_t n_latents, int64_t d_model,
                        const PackedEncoder&, int64_t panel_begin, int64_t panel_end, void* scratch);
   int64_t (*pack_scratch_bytes)(Precision, int64_t d_model);
 
-  /// Rows [begin, end) of a task, at most `block_rows` of them, by one thread.
-  void (*rows)(const RowsTask&, int64_t begin, int64_t end, void* scratch, RowsStats&);
+  /// Rows [begin, end) of a task, at most `block_rows` of them, by one thread. `start` passes from block to block of a
+  /// thread: the share of its norm at which a row's threshold starts (README, "Warm thresholds"), 0 to start cold.
+  void (*rows)(const RowsTask&, int64_t begin, int64_t end, void* scratch, float& start, RowsStats&);
   int64_t (*rows_scratch_bytes)(const RowsTask&, int64_t block_rows);
 
   /// out = pre_bias + sum_j value[j] decoder[index[j]].
@@ -154,7 +162,8 @@ struct Level {
                         int64_t count, float factor);
 };
 
-const Level* level_avx512();  // null where the compiler or the architecture has none
+const Level* level_amx();  // null where the compiler or the architecture has none
+const Level* level_avx512();
 const Level* level_avx2();
 const Level* level_portable();
 

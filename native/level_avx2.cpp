@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 #include <string.h>
+#include <time.h>
 
 #define MONOSEM_LEVEL avx2
 #define MONOSEM_LEVEL_NAME "avx2"
@@ -28,6 +29,10 @@ inline float sum(Vec a) {
 inline Vec root(Vec a) { return (Vec)_mm256_sqrt_ps((__m256)a); }
 inline uint32_t at_least(Vec a, Vec b) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ)));
+}
+
+inline int32_t append_lanes(float* upper, uint32_t* place, int32_t count, uint32_t mask, Vec values, uint32_t first) {
+  return append_one_by_one(upper, place, count, mask, values, first);
 }
 
 #include "select.inl"

@@ -2,6 +2,7 @@
 #include "level.h"
 
 #include <string.h>
+#include <time.h>
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -48,6 +49,10 @@ inline uint32_t at_least(Vec a, Vec b) {
   for (int i = 0; i < kLanes; ++i) mask |= (passed[i] ? 1u : 0u) << i;
   return mask;
 #endif
+}
+
+inline int32_t append_lanes(float* upper, uint32_t* place, int32_t count, uint32_t mask, Vec values, uint32_t first) {
+  return append_one_by_one(upper, place, count, mask, values, first);
 }
 
 #include "select.inl"

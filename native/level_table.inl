@@ -11,6 +11,10 @@ inline int64_t packed_words(Precision precision, int64_t d) {
   return with_product(precision, [&](auto product) { return decltype(product)::words(d); });
 }
 
+inline int64_t tile_rows(Precision precision) {
+  return with_product(precision, [](auto product) { return int64_t{decltype(product)::kRows}; });
+}
+
 inline int64_t pack_scratch_bytes(Precision precision, int64_t d) {
   return kPanel * row_pitch(packed_words(precision, d)) * 4;
 }
@@ -22,14 +26,14 @@ inline void pack_encoder(Precision precision, const float* encoder, const float*
   });
 }
 
-inline void rows(const RowsTask& task, int64_t begin, int64_t end, void* scratch, RowsStats& stats) {
+inline void rows(const RowsTask& task, int64_t begin, int64_t end, void* scratch, float& start, RowsStats& stats) {
   with_product(task.precision,
-               [&](auto product) { process_rows<decltype(product)>(task, begin, end, scratch, stats); });
+               [&](auto product) { process_rows<decltype(product)>(task, begin, end, scratch, start, stats); });
 }
 
 inline int64_t rows_scratch_bytes(const RowsTask& task, int64_t block_rows) {
   Arena arena{nullptr};
-  take_scratch(arena, task, packed_words(task.precision, task.d_model), block_rows);
+  take_scratch(arena, task, packed_words(task.precision, task.d_model), tile_rows(task.precision), block_rows);
   return arena.used;
 }
 
@@ -39,7 +43,7 @@ inline void decode_row(const float* decoder, const float* pre_bias, int64_t d, c
   add_rows(out, decoder, d, index, value, count);
 }
 
-const Level kLevel = {MONOSEM_LEVEL_NAME, kTileRows,    kPanel,        kHasLow,     packed_words,
+const Level kLevel = {MONOSEM_LEVEL_NAME, kPanel,        kHasLow,     packed_words, tile_rows,
                       pack_encoder,       pack_scratch_bytes, rows,    rows_scratch_bytes, decode_row, column_sums,
                       spread,             aux_gradients,      aux_scratch_bytes,  latent_gradient,    add_scaled, project,   squared_norm, update_latent,
                       update_values};

@@ -68,6 +68,9 @@ nb::dict as_dict(const monosem::RowsStats& stats) {
   nb::dict d;
   d["n_rescored"] = stats.n_rescored;
   d["n_saturated"] = stats.n_saturated;
+  d["n_rerun"] = stats.n_rerun;
+  d["recall"] = stats.n_chosen ? static_cast<double>(stats.n_recalled) / static_cast<double>(stats.n_chosen) : 1.0;
+  d["product_s"] = 1e-9 * static_cast<double>(stats.product_ns);
   return d;
 }
 

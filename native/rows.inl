@@ -1,7 +1,7 @@
 // One visit of a block of rows: centre, pack, sweep, score the candidates canonically, decode, error, value gradients.
 
 /// Rows a block holds, rounded up to whole tiles.
-inline int64_t whole_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
+inline int64_t whole_tiles(int64_t rows, int64_t tile_rows) { return (rows + tile_rows - 1) / tile_rows * tile_rows; }
 
 inline int64_t capacity_for(int64_t k) { return (2 * k + 192 + kPanel + 15) / 16 * 16; }
 
@@ -33,6 +33,10 @@ struct RowsScratch {
   uint32_t* tiles;
   uint32_t* words;
   float *row_norm, *row_rounding, *row_scale;
+  float* sums;             // [rows][kPanel]
+  uint32_t* which;         // [tiles]
+  float* started;          // [rows] where T of the top k started
+  float* floor;            // [rows] a proven T: the least lower bound of k latents; 0 where fewer than k are active
   Candidates top, aux;
   uint64_t* ranks;         // [largest capacity] keys being selected
   Visit* visits;           // [rows x largest k]
@@ -47,19 +51,23 @@ inline Candidates take_candidates(Arena& arena, int64_t rows, int64_t k) {
   c.upper = arena.take<float>(rows * c.capacity);
   c.index = arena.take<uint32_t>(rows * c.capacity);
   c.count = arena.take<int32_t>(rows);
-  c.threshold = arena.take<float>(rows);
+  c.threshold = arena.take<float>(rows + kLanes);  // read by whole vectors
   c.keys = arena.take<uint32_t>(c.capacity);
   return c;
 }
 
-inline RowsScratch take_scratch(Arena& arena, const RowsTask& task, int64_t steps, int64_t block_rows) {
-  const int64_t rows = whole_tiles(block_rows), k = task.k > task.auxk ? task.k : task.auxk;
+inline RowsScratch take_scratch(Arena& arena, const RowsTask& task, int64_t steps, int64_t tile_rows, int64_t block_rows) {
+  const int64_t rows = whole_tiles(block_rows, tile_rows), k = task.k > task.auxk ? task.k : task.auxk;
   RowsScratch s;
   s.tiles = arena.take<uint32_t>(rows * steps);
-  s.words = arena.take<uint32_t>(kTileRows * row_pitch(steps));
-  s.row_norm = arena.take<float>(rows);
-  s.row_rounding = arena.take<float>(rows);
+  s.words = arena.take<uint32_t>(tile_rows * row_pitch(steps));
+  s.row_norm = arena.take<float>(rows + kLanes);
+  s.row_rounding = arena.take<float>(rows + kLanes);
   s.row_scale = arena.take<float>(rows);
+  s.sums = arena.take<float>(rows * kPanel);
+  s.which = arena.take<uint32_t>(rows / tile_rows);
+  s.started = arena.take<float>(rows);
+  s.floor = arena.take<float>(rows);
   s.top = take_candidates(arena, rows, task.k);
   s.aux = take_candidates(arena, rows, task.auxk);
   s.ranks = arena.take<uint64_t>(capacity_for(k));
@@ -70,12 +78,13 @@ inline RowsScratch take_scratch(Arena& arena, const RowsTask& task, int64_t step
   return s;
 }
 
-/// x - pre_bias of rows [begin, end), and the rows packed for the product.
+/// x - pre_bias of rows [begin, end), and the rows packed for the product; T starts at `start` of a row's norm.
 template <class Product>
-void centre_and_pack(const RowsTask& task, int64_t begin, int64_t end, int64_t steps, RowsScratch& s) {
-  const int64_t d = task.d_model, pitch = row_pitch(steps), rows = whole_tiles(end - begin);
+void centre_and_pack(const RowsTask& task, int64_t begin, int64_t end, int64_t steps, float start, RowsScratch& s) {
+  constexpr int64_t kRows = Product::kRows;
+  const int64_t d = task.d_model, pitch = row_pitch(steps), rows = whole_tiles(end - begin, kRows);
   for (int64_t i = 0; i < rows; ++i) {
-    uint32_t* words = s.words + i % kTileRows * pitch;
+    uint32_t* words = s.words + i % kRows * pitch;
     s.row_norm[i] = s.row_rounding[i] = s.row_scale[i] = 0;
     s.top.count[i] = s.aux.count[i] = 0;
     s.top.threshold[i] = s.aux.threshold[i] = __builtin_inff();
@@ -89,12 +98,15 @@ void centre_and_pack(const RowsTask& task, int64_t begin, int64_t end, int64_t s
       s.row_norm[i] = bound.norm + bound.rounding;
       s.row_rounding[i] = bound.rounding;
       s.row_scale[i] = bound.scale;
-      if (s.row_norm[i] < __builtin_inff()) s.top.threshold[i] = s.aux.threshold[i] = kLeast;
+      if (s.row_norm[i] < __builtin_inff()) {
+        s.aux.threshold[i] = kLeast;
+        s.top.threshold[i] = start * s.row_norm[i] > kLeast ? start * s.row_norm[i] : kLeast;
+      }
     } else {
       memset(words, 0, static_cast<size_t>(steps) * 4);
     }
-    if (i % kTileRows == kTileRows - 1)
-      interleave<kTileRows>(s.words, pitch, steps, Product::kFlip, s.tiles + i / kTileRows * steps * kTileRows);
+    s.started[i] = s.top.threshold[i];
+    if (i % kRows == kRows - 1) Product::pack_tile(s.words, pitch, steps, s.tiles + i / kRows * steps * kRows);
   }
 }
 
@@ -142,12 +154,74 @@ inline void largest_first(float* upper, uint32_t* index, int64_t count, int64_t 
   }
 }
 
-/// Replaces upper bounds by canonical values as far as needed: for the k largest upper bounds of each row, then for what
+/// Moves the k candidates of largest upper bound to the front of their row and turns places into latents. Returns a proven
+/// T of the row: the least lower bound of those k, 0 where there are fewer.
+inline float rank_candidates(const Block& block, Candidates& c, int64_t row, RowsScratch& s) {
+  float* upper = c.upper + row * c.capacity;
+  uint32_t* index = c.index + row * c.capacity;
+  const int64_t count = c.count[row];
+  float floor = 0;
+  if (count > c.k) largest_first(upper, index, count, c.k, s);
+  if (count >= c.k) {
+    floor = __builtin_inff();
+    for (int64_t j = 0; j < c.k; ++j) {
+      const float lower = upper[j] - interval(block, row, index[j]);
+      floor = lower < floor ? lower : floor;
+    }
+  }
+  if (block.packed->latent)
+    for (int64_t j = 0; j < count; ++j) index[j] = block.packed->latent[index[j]];
+  return floor > 0 ? floor : 0;
+}
+
+/// Whether a row's T started no higher than the k-th largest lower bound, so that its candidates hold the top k.
+inline bool is_confirmed(const RowsScratch& s, int64_t i) {
+  return s.started[i] == kLeast || s.top.threshold[i] > s.started[i] || s.floor[i] >= s.started[i];
+}
+
+/// Sweeps a block for its candidates, twice the rows whose T started too high. Then sets `start` for the next block: three
+/// standard deviations below the mean of T / norm, so that few rows start too high.
+template <class Product>
+void find_candidates(const RowsTask& task, const Block& block, int64_t n_rows, RowsScratch& s, float& start,
+                     RowsStats& stats) {
+  constexpr int64_t kRows = Product::kRows;
+  auto* sums = reinterpret_cast<TileSums<Product>*>(s.sums);
+  int64_t n_tiles = whole_tiles(n_rows, kRows) / kRows;
+  for (int64_t t = 0; t < n_tiles; ++t) s.which[t] = static_cast<uint32_t>(t);
+  sweep<Product>(block, s.top, task.auxk ? &s.aux : nullptr, s.which, n_tiles, sums);
+  int64_t n_failed = 0;
+  n_tiles = 0;
+  for (int64_t i = 0; i < n_rows; ++i) {
+    s.floor[i] = rank_candidates(block, s.top, i, s);
+    if (task.auxk) rank_candidates(block, s.aux, i, s);
+    const bool failed = !is_confirmed(s, i);
+    s.top.threshold[i] = failed ? kLeast : __builtin_inff();
+    if (!failed) continue;
+    s.top.count[i] = 0;
+    ++n_failed;
+    const uint32_t tile = static_cast<uint32_t>(i / kRows);
+    if (n_tiles == 0 || s.which[n_tiles - 1] != tile) s.which[n_tiles++] = tile;
+  }
+  if (n_failed) {
+    sweep<Product>(block, s.top, nullptr, s.which, n_tiles, sums);
+    for (int64_t i = 0; i < n_rows; ++i)
+      if (s.top.threshold[i] < __builtin_inff() || s.top.count[i] < 0) s.floor[i] = rank_candidates(block, s.top, i, s);
+  }
+  stats.n_rerun += n_failed;
+  double sum = 0, squares = 0;
+  for (int64_t i = 0; i < n_rows; ++i) {
+    const double share = s.row_norm[i] > 0 && s.row_norm[i] < __builtin_inff() ? s.floor[i] / s.row_norm[i] : 0;
+    sum += share;
+    squares += share * share;
+  }
+  const double n = static_cast<double>(n_rows), mean = sum / n, variance = squares / n - mean * mean;
+  start = static_cast<float>(mean - 3 * __builtin_sqrt(variance > 0 ? variance : 0));
+}
+
+/// Replaces upper bounds by canonical values as far as needed: for the first k candidates of each row, then for what
 /// could still reach the least of those values; the rest is dropped. Candidates lose their order.
 inline void score(const RowsTask& task, const float* centred, int64_t n_rows, Candidates& c, RowsScratch& s, RowsStats& stats) {
   const auto n_first = [&](int64_t i) { return c.count[i] < c.k ? int64_t{c.count[i]} : c.k; };
-  for (int64_t i = 0; i < n_rows; ++i)
-    if (c.count[i] > c.k) largest_first(c.upper + i * c.capacity, c.index + i * c.capacity, c.count[i], c.k, s);
   const int64_t n_runs = order_visits(
       s, n_rows, task.n_latents, n_first, [&](int64_t i, int64_t j) { return c.index[i * c.capacity + j]; },
       [](int64_t, int64_t) { return 0.0f; });
@@ -173,16 +247,16 @@ inline void score(const RowsTask& task, const float* centred, int64_t n_rows, Ca
   }
 }
 
-/// Keys of the top k of all latents by canonical values alone, for a row whose candidates saturated their buffer.
-inline int64_t select_exactly(const RowsTask& task, const float* centred, int64_t k, const uint32_t* dead_bits,
-                              int64_t capacity, uint64_t* ranks) {
+/// Keys of the top k of the latents at the first places by canonical values alone, for a row whose candidates saturated their buffer.
+inline int64_t select_exactly(const RowsTask& task, const float* centred, int64_t k, int64_t n_places, int64_t capacity,
+                              uint64_t* ranks) {
   uint64_t least = 0;
   int64_t count = 0;
-  for (int64_t i = 0; i < task.n_latents; ++i) {
-    if (dead_bits && !(dead_bits[i / kPanel] >> i % kPanel & 1)) continue;
-    const float value = canonical(task, centred, i);
+  for (int64_t place = 0; place < n_places; ++place) {
+    const int64_t latent = latent_at(task.packed, place);
+    const float value = canonical(task, centred, latent);
     if (!(value > 0)) continue;
-    const uint64_t key = rank_key(value, static_cast<uint32_t>(i));
+    const uint64_t key = rank_key(value, static_cast<uint32_t>(latent));
     if (key < least) continue;
     ranks[count++] = key;
     if (count == capacity) {
@@ -195,18 +269,21 @@ inline int64_t select_exactly(const RowsTask& task, const float* centred, int64_
 }
 
 /// Fills s.ranks with the keys of a row's top k, in no order that may be relied on; returns how many there are.
-inline int64_t select(const RowsTask& task, const float* centred, Candidates& c, int64_t i, const uint32_t* dead_bits,
+inline int64_t select(const RowsTask& task, const float* centred, Candidates& c, int64_t i, int64_t n_places,
                       RowsScratch& s, RowsStats& stats) {
   if (c.count[i] < 0) {
     ++stats.n_saturated;
-    return select_exactly(task, centred, c.k, dead_bits, c.capacity, s.ranks);
+    return select_exactly(task, centred, c.k, n_places, c.capacity, s.ranks);
   }
   const float* value = c.upper + i * c.capacity;
   const uint32_t* index = c.index + i * c.capacity;
   int64_t count = 0;
   for (int64_t j = 0; j < c.count[i]; ++j)
     if (value[j] > 0) s.ranks[count++] = rank_key(value[j], index[j]);
-  if (count > c.k) kth_largest(s.ranks, count, c.k);
+  const uint64_t least = count > c.k ? kth_largest(s.ranks, count, c.k) : 0;
+  for (int64_t j = 0; j < c.count[i] && j < c.k; ++j)
+    stats.n_recalled += value[j] > 0 && rank_key(value[j], index[j]) >= least;
+  stats.n_chosen += count < c.k ? count : c.k;
   return count < c.k ? count : c.k;
 }
 
@@ -240,7 +317,7 @@ inline void finish_row(const RowsTask& task, int64_t row, int64_t i, RowsScratch
   float* value = task.value + row * task.k;
   int64_t count = 0;
   if (is_finite(task, s, i)) {
-    count = select(task, centred, s.top, i, nullptr, s, stats);
+    count = select(task, centred, s.top, i, task.n_latents, s, stats);
     sort_falling(s.ranks, count);
     write_row(s.ranks, count, task.k, index, value);
   } else {
@@ -265,16 +342,18 @@ inline void finish_aux(const RowsTask& task, int64_t begin, int64_t n_rows, Rows
   float* residual = task.aux_residual + begin * task.stride;
   float *value = task.aux_value + begin * k, *d_value = task.aux_d_value + begin * k;
   int32_t *index = task.aux_index + begin * k, *count = task.aux_count + begin;
+  RowsStats aux_stats{};
   for (int64_t i = 0; i < n_rows; ++i) {
     count[i] = 0;
     if (is_finite(task, s, i)) {
       const float* centred = task.centred + (begin + i) * task.stride;
-      count[i] = static_cast<int32_t>(select(task, centred, s.aux, i, task.dead_bits, s, stats));
+      count[i] = static_cast<int32_t>(select(task, centred, s.aux, i, task.n_dead, s, aux_stats));
       write_row(s.ranks, count[i], k, index + i * k, value + i * k);
     }
     // recons_aux - (x - recons) starts at -(x - recons), which is the residual.
     memcpy(residual + i * task.stride, task.residual + (begin + i) * task.stride, static_cast<size_t>(task.stride) * 4);
   }
+  stats.n_saturated += aux_stats.n_saturated;
   const int64_t n_runs = order_visits(
       s, n_rows, task.n_latents, [&](int64_t i) { return count[i]; },
       [&](int64_t i, int64_t j) { return static_cast<uint32_t>(index[i * k + j]); },
@@ -288,15 +367,24 @@ inline void finish_aux(const RowsTask& task, int64_t begin, int64_t n_rows, Rows
   for (int64_t i = 0; i < n_rows; ++i) task.aux_squared[begin + i] = squared_norm(residual + i * task.stride, d);
 }
 
+/// Nanoseconds on a clock that only goes forward.
+inline int64_t now_ns() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return int64_t{t.tv_sec} * 1'000'000'000 + t.tv_nsec;
+}
+
 template <class Product>
-void process_rows(const RowsTask& task, int64_t begin, int64_t end, void* scratch, RowsStats& stats) {
+void process_rows(const RowsTask& task, int64_t begin, int64_t end, void* scratch, float& start, RowsStats& stats) {
   const int64_t steps = Product::words(task.d_model), n_rows = end - begin;
   Arena arena{static_cast<char*>(scratch)};
-  RowsScratch s = take_scratch(arena, task, steps, n_rows);
-  centre_and_pack<Product>(task, begin, end, steps, s);
+  RowsScratch s = take_scratch(arena, task, steps, Product::kRows, n_rows);
+  centre_and_pack<Product>(task, begin, end, steps, start, s);
   const Block block{&task.packed, s.tiles, s.row_norm, s.row_rounding, s.row_scale,
-                    whole_tiles(n_rows) / kTileRows, (task.n_latents + kPanel - 1) / kPanel, steps, task.dead_bits};
-  if (!task.poisoned) sweep<Product>(block, s.top, task.auxk ? &s.aux : nullptr);
+                    (task.n_latents + kPanel - 1) / kPanel, steps, task.n_dead};
+  const int64_t started = now_ns();
+  if (!task.poisoned) find_candidates<Product>(task, block, n_rows, s, start, stats);
+  stats.product_ns += now_ns() - started;
   const float* centred = task.centred + begin * task.stride;
   score(task, centred, n_rows, s.top, s, stats);
   for (int64_t i = 0; i < n_rows; ++i) finish_row(task, begin + i, i, s, stats);

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <limits>
+#include <tuple>
 #include <vector>
 
 #include "workspace.h"
@@ -17,20 +18,40 @@ constexpr double kFired = 1e-3;        // types.FIRED_THRESHOLD
 constexpr int64_t kLatentBlock = 64;   // latents whose contribution to pre_bias is summed apart, whatever the threads
 constexpr int64_t kAuxLatents = 4096;  // latents whose AuxK gradients are held at once
 constexpr int64_t kRowBlock = 256;     // rows of a column sum, likewise
-constexpr int64_t kTileBytes = 384 << 10;  // packed rows of a block: they stay in L2 while the panels pass
+constexpr int64_t kTileBytes = 640 << 10;  // packed rows of a block: they stay in L2 while the panels pass
+
+/// Where the thresholds of each thread's next block start, as a share of a row's norm: handed on from call to call, among
+/// calls of the same kind. Only the time that a call takes depends on it.
+class Starts {
+ public:
+  float* of(const RowsTask& task, int64_t n_threads) {
+    const Kind kind{task.precision, task.n_latents, task.d_model, task.k};
+    if (kind != kind_) starts_.clear();
+    kind_ = kind;
+    if (starts_.size() < static_cast<size_t>(n_threads)) starts_.resize(static_cast<size_t>(n_threads), 0.0f);
+    return starts_.data();
+  }
+  void forget() { starts_.clear(); }
+
+ private:
+  using Kind = std::tuple<Precision, int64_t, int64_t, int64_t>;
+  Kind kind_{};
+  std::vector<float> starts_;
+};
 
 struct Workspace {
-  Buffer panels, encoder_terms, offset, dead_bits;
+  Buffer panels, encoder_terms, offset, places;
   Buffer centred, residual, index, value, d_value, count, squared;
   Buffer aux_residual, aux_index, aux_value, aux_d_value, aux_count, aux_squared;
   Buffer starts, pairs, aux_starts, aux_pairs, histogram;
   Buffer aux_latents, aux_rank, aux_encoder, aux_decoder;
   Buffer sums, partial;
   std::vector<Buffer> threads;
+  Starts first_thresholds;
 
   template <class Visit>
   void each(Visit visit) {
-    for (Buffer* b : {&panels, &encoder_terms, &offset, &dead_bits, &centred, &residual, &index, &value, &d_value, &count, &squared,
+    for (Buffer* b : {&panels, &encoder_terms, &offset, &places, &centred, &residual, &index, &value, &d_value, &count, &squared,
                       &aux_residual, &aux_index, &aux_value, &aux_d_value, &aux_count, &aux_squared, &starts, &pairs,
                       &aux_starts, &aux_pairs, &histogram, &aux_latents, &aux_rank, &aux_encoder, &aux_decoder, &sums,
                       &partial})
@@ -80,12 +101,12 @@ struct Packed {
   bool poisoned;
 };
 
-Packed pack(const Level& l, Precision precision, const Shape& shape, const Weights& w) {
+Packed pack(const Level& l, Precision precision, const Shape& shape, const Weights& w, const uint32_t* places) {
   times = {};
   const Timer timer(times.pack);
   const int64_t n_panels = ceil_div(shape.n_latents, l.panel_latents), n = n_panels * l.panel_latents;
   float* terms = workspace.encoder_terms.take<float>(5 * n);
-  const PackedEncoder packed{workspace.panels.take<uint32_t>(n * l.packed_words(precision, shape.d_model)),
+  const PackedEncoder packed{places, workspace.panels.take<uint32_t>(n * l.packed_words(precision, shape.d_model)),
                              terms, workspace.offset.take<int32_t>(n), terms + n, terms + 2 * n, terms + 3 * n,
                              terms + 4 * n};
   const int64_t chunk = 4, scratch = l.pack_scratch_bytes(precision, shape.d_model);
@@ -99,12 +120,14 @@ Packed pack(const Level& l, Precision precision, const Shape& shape, const Weigh
   return {packed, !finite};
 }
 
-const uint32_t* dead_bits(const Level& l, const bool* dead, int64_t n_latents) {
-  const int64_t n_panels = ceil_div(n_latents, l.panel_latents);
-  uint32_t* words = workspace.dead_bits.take<uint32_t>(n_panels);
-  std::fill(words, words + n_panels, 0u);
-  for (int64_t i = 0; i < n_latents; ++i) words[i / l.panel_latents] |= uint32_t{dead[i]} << i % l.panel_latents;
-  return words;
+/// The latents of each place: the dead ones first, in panels of their own.
+const uint32_t* dead_first(const bool* dead, int64_t n_latents) {
+  uint32_t* latent = workspace.places.take<uint32_t>(n_latents);
+  int64_t place = 0;
+  for (const bool wanted : {true, false})
+    for (int64_t i = 0; i < n_latents; ++i)
+      if (dead[i] == wanted) latent[place++] = static_cast<uint32_t>(i);
+  return latent;
 }
 
 /// A task with the arrays of a selection; decoder and auxk still off.
@@ -132,21 +155,28 @@ RowsTask selection(const Shape& shape, const Weights& w, const float* x, Precisi
 
 RowsStats run_rows(const Level& l, const RowsTask& task) {
   const Timer timer(times.rows);
-  const int64_t tile_bytes = l.packed_words(task.precision, task.d_model) * 4 * l.tile_rows;
+  const int64_t tile_rows = l.tile_rows(task.precision);
+  const int64_t tile_bytes = l.packed_words(task.precision, task.d_model) * 4 * tile_rows;
   const int64_t n_threads = omp_get_max_threads();
-  const int64_t most = std::clamp<int64_t>(kTileBytes / tile_bytes, 1, 20) * l.tile_rows;
+  const int64_t most = std::clamp<int64_t>(kTileBytes / tile_bytes, 1, 100) * tile_rows;
   const int64_t n_blocks = ceil_div(ceil_div(task.n_rows, most), n_threads) * n_threads;
-  const int64_t rows = ceil_div(ceil_div(task.n_rows, n_blocks), l.tile_rows) * l.tile_rows;
+  const int64_t rows = ceil_div(ceil_div(task.n_rows, n_blocks), tile_rows) * tile_rows;
+  float* starts = workspace.first_thresholds.of(task, n_threads);
   std::vector<RowsStats> stats(static_cast<size_t>(ceil_div(task.n_rows, rows)));
   parallel(static_cast<int64_t>(stats.size()), l.rows_scratch_bytes(task, rows), [&](int64_t i, char* area) {
-    l.rows(task, i * rows, std::min(task.n_rows, (i + 1) * rows), area, stats[static_cast<size_t>(i)]);
+    l.rows(task, i * rows, std::min(task.n_rows, (i + 1) * rows), area, starts[omp_get_thread_num()],
+           stats[static_cast<size_t>(i)]);
   });
   RowsStats total{};
   for (const RowsStats& s : stats) {
     total.n_rescored += s.n_rescored;
     total.n_saturated += s.n_saturated;
+    total.n_rerun += s.n_rerun;
     total.n_recalled += s.n_recalled;
+    total.n_chosen += s.n_chosen;
+    total.product_ns += s.product_ns;
   }
+  total.product_ns /= n_threads;
   return total;
 }
 
@@ -279,17 +309,18 @@ struct Forward {
 };
 
 Forward forward(const Level& l, const Shape& shape, const Weights& w, const float* x, Precision precision, const Loss& loss,
-                const bool* dead, const Packed& packed) {
+                const bool* dead) {
   Forward f{};
-  RowsTask& task = f.task = selection(shape, w, x, precision, loss.k, packed);
-  const int64_t batch = shape.batch, n_dead = std::count(dead, dead + shape.n_latents, true);
+  const int64_t batch = shape.batch, n_dead = loss.auxk ? std::count(dead, dead + shape.n_latents, true) : 0;
+  const uint32_t* places = n_dead ? dead_first(dead, shape.n_latents) : nullptr;
+  RowsTask& task = f.task = selection(shape, w, x, precision, loss.k, pack(l, precision, shape, w, places));
   task.decoder = w.decoder;
   task.residual = workspace.residual.take<float>(batch * task.stride);
   task.d_value = workspace.d_value.take<float>(batch * loss.k);
   task.squared = workspace.squared.take<double>(batch);
   task.auxk = std::min(loss.auxk, n_dead);
   if (task.auxk) {
-    task.dead_bits = dead_bits(l, dead, shape.n_latents);
+    task.n_dead = n_dead;
     task.aux_residual = workspace.aux_residual.take<float>(batch * task.stride);
     task.aux_index = workspace.aux_index.take<int32_t>(batch * task.auxk);
     task.aux_value = workspace.aux_value.take<float>(batch * task.auxk);
@@ -372,7 +403,7 @@ RowsStats topk_encode(const Shape& shape, const Weights& w, const float* x, Prec
                       float* value) {
   const Level& l = level();
   if (shape.batch == 0) return {};
-  const RowsTask task = selection(shape, w, x, precision, k, pack(l, precision, shape, w));
+  const RowsTask task = selection(shape, w, x, precision, k, pack(l, precision, shape, w, nullptr));
   const RowsStats stats = run_rows(l, task);
   std::copy(task.index, task.index + shape.batch * k, index);
   std::copy(task.value, task.value + shape.batch * k, value);
@@ -391,8 +422,7 @@ Terms topk_gradients(const Shape& shape, const Weights& w, const float* x, Preci
                      const bool* dead, const Weights& gradients, int64_t* n_fired) {
   const Level& l = level();
   const int64_t d = shape.d_model;
-  const Packed packed = pack(l, precision, shape, w);
-  Forward f = forward(l, shape, w, x, precision, loss, dead, packed);
+  Forward f = forward(l, shape, w, x, precision, loss, dead);
   f.terms.n_active = count_fired(f.task, n_fired);
   const std::vector<double> through_encoder = each_gradient(
       l, latents_task(f, w), shape.batch, [&](int64_t i, const float* d_encoder, float d_bias, const float* d_decoder) {
@@ -409,8 +439,7 @@ StepResult topk_step(const Shape& shape, const Weights& w, const float* x, Preci
                      const Weights& average, const Update& u) {
   const Level& l = level();
   const int64_t d = shape.d_model, n_blocks = ceil_div(shape.n_latents, kLatentBlock);
-  const Packed packed = pack(l, precision, shape, w);
-  Forward f = forward(l, shape, w, x, precision, loss, dead, packed);
+  Forward f = forward(l, shape, w, x, precision, loss, dead);
   f.terms.n_active = count_fired(f.task, n_fired);
   const UpdateTask update = update_task(d, w, first, second, average, u);
   std::vector<double> squares(static_cast<size_t>(n_blocks), 0.0);
@@ -461,6 +490,7 @@ void fill_workspace(int byte) {
 
 void release_workspace() {
   workspace.each([](Buffer& b) { b.release(); });
+  workspace.first_thresholds.forget();
 }
 
 }  // namespace monosem

@@ -2,7 +2,8 @@
 //
 // Every latent has an interval [lower, upper] that holds its canonical value. T is the k-th largest lower bound seen
 // so far on a row: a latent whose upper bound is below T cannot be among the top k. T only rises, and starts just above
-// 0 because the ReLU makes the rest inactive. What passes is appended to the row's buffer; a full buffer is pruned.
+// 0 because the ReLU makes the rest inactive, or higher by a guess that has to be confirmed (rows.inl). What passes is
+// appended to the row's buffer; a full buffer is pruned.
 
 constexpr float kLeast = 1e-38f;  // below bias_slack, so that no positive value's upper bound is below it
 
@@ -10,7 +11,7 @@ constexpr float kLeast = 1e-38f;  // below bias_slack, so that no positive value
 struct Candidates {
   int64_t k, capacity;
   float* upper;      // [rows][capacity]
-  uint32_t* index;   // [rows][capacity], rising
+  uint32_t* index;   // [rows][capacity] places, rising; latents from rank_candidates on
   int32_t* count;    // [rows]; -1: saturated
   float* threshold;  // [rows] T; infinite for a row that takes no part (any more)
   uint32_t* keys;    // [capacity]
@@ -22,15 +23,15 @@ struct Block {
   const float* row_norm;      // >= |x| and |packed x|
   const float* row_rounding;  // >= |x - packed x|
   const float* row_scale;
-  int64_t n_tiles, n_panels, steps;
-  const uint32_t* dead_bits;  // null: no AuxK
+  int64_t n_panels, steps;
+  int64_t n_dead;
 };
 
-/// Twice the half width of a latent's interval on a row.
-inline float interval(const Block& block, int64_t row, uint32_t latent) {
+/// Twice the half width of the interval of a place's latent on a row.
+inline float interval(const Block& block, int64_t row, uint32_t place) {
   const PackedEncoder& packed = *block.packed;
-  const float half = block.row_rounding[row] * packed.norm[latent] + block.row_norm[row] * packed.rounding[latent];
-  return 2.0f * half * (1.0f + 0x1p-20f) + packed.bias_slack[latent];
+  const float half = block.row_rounding[row] * packed.norm[place] + block.row_norm[row] * packed.rounding[place];
+  return 2.0f * half * (1.0f + 0x1p-20f) + packed.bias_slack[place];
 }
 
 /// Raises T of a row and drops the candidates below it, keeping their order; saturated when that frees too little.
@@ -60,56 +61,100 @@ __attribute__((noinline)) void prune(const Block& block, Candidates& c, int64_t 
   }
 }
 
-/// Appends the latents of `mask` (bit j: latent first + j, upper bound values[j]) to a row's candidates.
-__attribute__((noinline)) void append(const Block& block, Candidates& c, int64_t row, uint32_t mask, const float* values,
-                                      uint32_t first) {
+/// What a panel adds to the bounds of its latents.
+struct PanelBounds {
+  Vec bias0, bias1;              // upper bounds
+  float most_norm, most_rounding;  // of any of its latents
+
+  PanelBounds(const PackedEncoder& packed, int64_t first)
+      : bias0(load(packed.upper_bias + first)), bias1(load(packed.upper_bias + first + kLanes)), most_norm(0), most_rounding(0) {
+    for (int64_t j = first; j < first + kPanel; ++j) {
+      most_norm = packed.norm[j] > most_norm ? packed.norm[j] : most_norm;
+      most_rounding = packed.rounding[j] > most_rounding ? packed.rounding[j] : most_rounding;
+    }
+  }
+};
+
+/// Appends to a row's candidates the latents of `mask` (bit j: place first + j) whose upper bounds reach T.
+__attribute__((noinline)) void append(const Block& block, Candidates& c, int64_t row, uint32_t mask, Vec sums0, Vec sums1,
+                                      int64_t first) {
+  const PackedEncoder& packed = *block.packed;
+  const Vec row_norm = splat(block.row_norm[row]), row_rounding = splat(block.row_rounding[row]);
+  const auto upper_bounds = [&](Vec sums, int64_t at) {
+    return sums + load(packed.upper_bias + at) +
+           fma(row_rounding, load(packed.norm + at), row_norm * load(packed.rounding + at));
+  };
+  const Vec upper0 = upper_bounds(sums0, first), upper1 = upper_bounds(sums1, first + kLanes);
+  const Vec least = splat(c.threshold[row]);
+  mask &= at_least(upper0, least) | at_least(upper1, least) << kLanes;
+  if (!mask) return;
+  constexpr uint32_t kHalf = (1u << kLanes) - 1;
   float* upper = c.upper + row * c.capacity;
   uint32_t* index = c.index + row * c.capacity;
   int32_t count = c.count[row];
-  for (; mask; mask &= mask - 1) {
-    const int j = __builtin_ctz(mask);
-    upper[count] = values[j];
-    index[count++] = first + static_cast<uint32_t>(j);
-  }
+  count = append_lanes(upper, index, count, mask & kHalf, upper0, static_cast<uint32_t>(first));
+  count = append_lanes(upper, index, count, mask >> kLanes, upper1, static_cast<uint32_t>(first + kLanes));
   c.count[row] = count;
   if (count + kPanel > c.capacity) prune(block, c, row, kPanel);
 }
 
+/// Compares the products of a tile and a panel with the thresholds of the rows. What the bounds of a row leave of its
+/// threshold is taken for the whole panel at once, a little too low; `append` looks at the few latents that reach it.
 template <class Product>
-void sweep(const Block& block, Candidates& top, Candidates* aux) {
-  const PackedEncoder& packed = *block.packed;
-  for (int64_t p = 0; p < block.n_panels; ++p) {
-    const uint32_t* panel = packed.panels + p * block.steps * kPanel;
-    const float *bias = packed.upper_bias + p * kPanel, *norm = packed.norm + p * kPanel;
-    const float* rounding = packed.rounding + p * kPanel;
-    const Vec bias0 = load(bias), bias1 = load(bias + kLanes), norm0 = load(norm), norm1 = load(norm + kLanes);
-    const Vec rounding0 = load(rounding), rounding1 = load(rounding + kLanes);
-    const uint32_t dead = aux ? block.dead_bits[p] : 0;
-    for (int64_t t = 0; t < block.n_tiles; ++t) {
-      Vec acc[kTileRows][2] = {};
-      Product::multiply(block.tiles + t * block.steps * kTileRows, panel, block.steps, acc);
-      Product::convert(acc, packed, p * kPanel, block.row_scale + t * kTileRows);
+inline __attribute__((always_inline)) void compare(const Block& block, const PanelBounds& panel, Candidates& top,
+                                                   Candidates* aux, int64_t tile, int64_t first,
+                                                   Vec (&acc)[Product::kRows][2]) {
+  constexpr int kRows = Product::kRows;
+  const int64_t row = tile * kRows;
+  Product::convert(acc, *block.packed, first, block.row_scale + row);
+  const uint32_t dead = !aux || first >= block.n_dead ? 0
+                        : block.n_dead - first >= kPanel ? 0xFFFFFFFFu >> (32 - kPanel) : (1u << (block.n_dead - first)) - 1;
+  float least[kRows + kLanes], least_aux[kRows + kLanes];
+  for (int r = 0; r < kRows; r += kLanes) {
+    const Vec most = fma(load(block.row_rounding + row + r), splat(panel.most_norm),
+                         load(block.row_norm + row + r) * splat(panel.most_rounding));
+    store(least + r, load(top.threshold + row + r) - most);
+    if (__builtin_expect(dead != 0, 0)) store(least_aux + r, load(aux->threshold + row + r) - most);
+  }
 #pragma GCC unroll 16
-      for (int r = 0; r < kTileRows; ++r) {
-        const int64_t row = t * kTileRows + r;
-        const Vec row_norm = splat(block.row_norm[row]), row_rounding = splat(block.row_rounding[row]);
-        const Vec upper0 = acc[r][0] + bias0 + fma(row_rounding, norm0, row_norm * rounding0);
-        const Vec upper1 = acc[r][1] + bias1 + fma(row_rounding, norm1, row_norm * rounding1);
-        const Vec least = splat(top.threshold[row]);
-        const uint32_t passed = at_least(upper0, least) | at_least(upper1, least) << kLanes;
-        uint32_t passed_aux = 0;
-        if (__builtin_expect(dead != 0, 0)) {
-          const Vec least_aux = splat(aux->threshold[row]);
-          passed_aux = (at_least(upper0, least_aux) | at_least(upper1, least_aux) << kLanes) & dead;
-        }
-        if (__builtin_expect((passed | passed_aux) != 0, 0)) {
-          float values[kPanel];
-          store(values, upper0);
-          store(values + kLanes, upper1);
-          const uint32_t first = static_cast<uint32_t>(p * kPanel);
-          if (passed) append(block, top, row, passed, values, first);
-          if (passed_aux) append(block, *aux, row, passed_aux, values, first);
-        }
+  for (int r = 0; r < kRows; ++r) {
+    const auto reach = [&](float t) {
+      return at_least(acc[r][0], splat(t) - panel.bias0) | at_least(acc[r][1], splat(t) - panel.bias1) << kLanes;
+    };
+    const uint32_t passed = reach(least[r]);
+    if (__builtin_expect(passed != 0, 0)) append(block, top, row + r, passed, acc[r][0], acc[r][1], first);
+    if (__builtin_expect(dead != 0, 0)) {
+      const uint32_t passed_aux = reach(least_aux[r]) & dead;
+      if (passed_aux) append(block, *aux, row + r, passed_aux, acc[r][0], acc[r][1], first);
+    }
+  }
+}
+
+/// Sums of a tile and a panel, between two slices.
+template <class Product>
+struct TileSums {
+  Vec of[Product::kRows][2];
+};
+
+/// `which` tiles of a block against all latents.
+template <class Product>
+void sweep(const Block& block, Candidates& top, Candidates* aux, const uint32_t* which, int64_t n_tiles,
+           TileSums<Product>* sums) {
+  const typename Product::Registers registers;
+  constexpr int kRows = Product::kRows;
+  for (int64_t p = 0; p < block.n_panels; ++p) {
+    const PanelBounds bounds(*block.packed, p * kPanel);
+    for (int64_t step = 0; step < block.steps; step += Product::kSlice) {
+      const bool ends = step + Product::kSlice >= block.steps;
+      const int64_t n_steps = ends ? block.steps - step : Product::kSlice;
+      const uint32_t* panel = block.packed->panels + (p * block.steps + step) * kPanel;
+      const uint32_t* next = panel + n_steps * kPanel;
+      const int64_t share = (n_steps * kPanel / n_tiles + 15) / 16 * 16;
+      for (int64_t i = 0; i < n_tiles; ++i) {
+        for (int64_t word = i * share; word < (i + 1) * share; word += 16) __builtin_prefetch(next + word, 0, 2);
+        const uint32_t* tile = block.tiles + (which[i] * block.steps + step) * kRows;
+        Product::multiply(tile, panel, n_steps, sums[i].of, step > 0);
+        if (ends) compare<Product>(block, bounds, top, aux, which[i], p * kPanel, sums[i].of);
       }
     }
   }

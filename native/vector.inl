@@ -1,6 +1,6 @@
 // Vectors of kLanes floats, for one level. Included inside the level's own anonymous namespace.
 //
-// The level defines kLanes first, and `fma`, `sum`, `root` and `at_least` after. Products and sums are never contracted by the compiler
+// The level defines kLanes first, and `fma`, `sum`, `root`, `at_least` and `append_lanes` after. Products and sums are never contracted by the compiler
 // (-ffp-contract=off), so that a formula gives the same bits wherever it is inlined.
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
@@ -34,4 +34,14 @@ inline __attribute__((always_inline)) void each_vector(int64_t d, Body body) {
   int64_t t = 0;
   for (; t + kLanes <= d; t += kLanes) body(t, Whole{});
   if (t < d) body(t, Part{d - t});
+}
+
+/// `append_lanes` where there is no instruction for it: the lanes of `mask` behind the `count` numbers that are there.
+inline int32_t append_one_by_one(float* upper, uint32_t* place, int32_t count, uint32_t mask, Vec values, uint32_t first) {
+  for (; mask; mask &= mask - 1) {
+    const int lane = __builtin_ctz(mask);
+    upper[count] = values[lane];
+    place[count++] = first + static_cast<uint32_t>(lane);
+  }
+  return count;
 }

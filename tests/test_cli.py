@@ -199,8 +199,8 @@ def test_config_takes_a_json_of_all_fields_and_flags_win(
         (None, "does not exist"),
         ("{", "is not valid JSON"),
         ("[1]", "TrainConfig must be a JSON object, not list"),
-        ('{"latents": 3}', "TrainConfig has no field latents; it has activation, auxk,"),
-        ('{"k": 3}', "TrainConfig lacks activation, auxk,"),
+        ('{"latents": 3}', "TrainConfig has no field latents; it has activation, activation_options, auxk,"),
+        ('{"k": 3}', "TrainConfig lacks activation, activation_options, auxk,"),
     ],
 )
 def test_a_wrong_config_file_is_told_in_one_line(
@@ -219,6 +219,23 @@ def test_a_config_file_names_the_keys_it_lacks(tmp_path: Path, capsys: pytest.Ca
     message = told(capsys, "train", "--config", tmp_path / "train.json")
     assert message == "TrainConfig lacks k, lr; every field must be there"
     assert "cannot be read (Is a directory)" in told(capsys, "train", "--config", tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["train", "run"])
+def test_activation_options_are_merged_name_by_name(stage: str, tmp_path: Path) -> None:
+    flags = ["--activation", "jumprelu", "--activation-options", "bandwidth", "0.2", "initial_threshold", "2"]
+    if stage == "run":
+        flags = [flag.replace("--", "--train.") for flag in flags]
+    else:
+        flags += ["--out", "r", "--store", "s"]
+    kind = cli._STAGES[stage]
+    first = cli._parse(stage, kind, None, flags)
+    artifacts.write_json(tmp_path / "config.json", config.to_dict(first))
+    prefix = "--train." if stage == "run" else "--"
+    again = cli._parse(stage, kind, str(tmp_path / "config.json"), [f"{prefix}activation-options", "bandwidth", "0.3"])
+    before, after = (s.train if stage == "run" else s for s in (first, again))
+    assert before.activation_options == {"bandwidth": 0.2, "initial_threshold": 2.0}
+    assert after.activation_options == {"bandwidth": 0.3, "initial_threshold": 2.0}
 
 
 def test_the_settings_of_a_run_lie_in_its_folder(store: Path, run: Path) -> None:

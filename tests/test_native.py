@@ -158,6 +158,29 @@ def test_batch_rows_do_not_depend_on_their_neighbours() -> None:
     assert torch.equal(whole.indices[41], alone.indices[0])
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_warm_thresholds_change_no_bit(precision: str) -> None:
+    """Rows after rows of another kind, whose thresholds say nothing about theirs, against rows that start cold."""
+    w, x = make_case(1200, 32, 60)
+    high = 4 * w.decoder[:60] + 0.1 * x  # one latent each: their k-th largest is low for their norm
+    low = x - w.decoder.sum(0)
+    batches = [x, high, 100 * x, torch.cat([x, low, high]), torch.zeros_like(x), x.abs()]
+
+    def encode(batch: Tensor, warm: bool) -> SparseLatents:
+        if not warm:
+            _native.release_workspace()
+        return native.topk_encode(batch, w, 10, precision)
+
+    cold = [encode(batch, warm=False) for batch in batches]
+    n_rerun = 0
+    for expected, batch in zip(cold, batches, strict=True):
+        encode(x, warm=True)
+        out = torch.empty(len(batch), 10, dtype=torch.int64), torch.empty(len(batch), 10)
+        n_rerun += _native.topk_encode(batch, w, 10, precision, *out)["n_rerun"]
+        assert torch.equal(out[0], expected.indices) and torch.equal(out[1], expected.values)
+    assert n_rerun > 0
+
+
 def whole_numbers(n: int, d: int, batch: int) -> tuple[Weights, Tensor]:
     """A case whose every sum is exact in any precision and order."""
     g = torch.Generator().manual_seed(4)

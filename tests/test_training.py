@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from monosem import step
 from monosem.activations import ActivationStore, harvest
-from monosem.config import HarvestConfig, TrainConfig
+from monosem.config import HarvestConfig, TrainConfig, activation_facts, activations
 from monosem.kernels import torch_sparse
 from monosem.logs import MetricsLog
 from monosem.training import train
@@ -97,17 +97,21 @@ training.train(from_dict(TrainConfig, json.loads(sys.argv[1])))
 
 
 @pytest.mark.parametrize(
-    ("target", "call"),
+    ("target", "call", "changes"),
     [
-        ("step.apply", 23),
-        ("checkpoint.artifacts.os.replace", 6),
-        ("checkpoint.save_file", 5),
-        ("checkpoint.artifacts.write_json", 4),
+        ("step.apply", 23, {}),
+        ("step.apply", 23, {"activation": "batch_topk"}),
+        ("step.apply", 23, {"activation": "gated", "k": 32, "sparsity_coef": 0.01}),
+        ("checkpoint.artifacts.os.replace", 6, {}),
+        ("checkpoint.save_file", 5, {}),
+        ("checkpoint.artifacts.write_json", 4, {}),
     ],
 )
-def test_killed_and_run_again_ends_in_the_same_bits(store: Path, tmp_path: Path, target: str, call: int) -> None:
+def test_killed_and_run_again_ends_in_the_same_bits(
+    store: Path, tmp_path: Path, target: str, call: int, changes: dict[str, Any]
+) -> None:
     """kill -9 inside a step, between the file and its name, before the file, before the pointer to it."""
-    whole = configured(store, tmp_path / "whole", save_every_s=0.0, dead_tokens_threshold=64 * 4)
+    whole = configured(store, tmp_path / "whole", save_every_s=0.0, dead_tokens_threshold=64 * 4, **changes)
     train(whole)
     cut = dataclasses.replace(whole, out=str(tmp_path / "cut"))
     script = KILLED.format(threads=torch.get_num_threads(), target=target, call=call)
@@ -210,6 +214,24 @@ def test_relu_trains_and_more_l1_means_fewer_active_latents(store: Path, tmp_pat
         train(configured(store, tmp_path / str(coef), **relu))
         l0.append(rows_without_time(tmp_path / str(coef))[-1]["l0"])
     assert l0[1] < 0.5 * l0[0]
+
+
+@pytest.mark.parametrize("activation", activations())
+def test_every_activation_function_trains_and_releases_its_extras(activation: str, store: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"activation": activation}
+    if "k" not in activation_facts(activation).uses:
+        settings |= {"k": 32, "sparsity_coef": 0.01}
+    autoencoder = train(configured(store, tmp_path, **settings))
+    rows = rows_without_time(tmp_path)
+    assert rows[-1]["mse"] < rows[0]["mse"] and ("sparsity" in rows[-1]) == ("sparsity_coef" in settings)
+    nmse = autoencoder.provenance["selection_normalized_mse"]
+    assert nmse[autoencoder.provenance["weights"]] == min(nmse.values())
+    state, recipe = final_tensors(tmp_path), autoencoder.provenance["recipe"]
+    for name, value in autoencoder.extras.items():
+        released = state[f"weights.{name}"]
+        if autoencoder.provenance["weights"] == "ema":
+            released = state[f"average.{name}"] / (1 - recipe["ema"] ** recipe["n_steps"])
+        torch.testing.assert_close(value, released)
 
 
 def test_defaults_follow_their_rules() -> None:

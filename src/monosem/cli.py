@@ -159,14 +159,37 @@ def _parse(name: str, kind: type, config_file: str | None, argv: list[str]) -> A
         default = config.from_dict(kind, read_json(config_file))
     elif not any(f.default is dataclasses.MISSING for f in dataclasses.fields(kind)):
         default = kind()
+    default, options = _options_apart(default)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, prog=f"monosem {name}", args=argv, default=default)
+            stage = tyro.cli(kind, prog=f"monosem {name}", args=argv, default=default)
+        return _with_options(stage, options)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise ValueError(f"{_unboxed(complaint.getvalue())} (monosem {name} --help)") from None
+
+
+def _options_apart(stage: Any) -> tuple[Any, dict[str, float]]:
+    """The stage without activation_options, and those: tyro would fix the names of a dict that has some already."""
+    train = stage.train if isinstance(stage, config.RunConfig) else stage
+    options = train.activation_options if isinstance(train, config.TrainConfig) else {}
+    return (_replaced(stage, {}) if options else stage), options
+
+
+def _with_options(stage: Any, options: dict[str, float]) -> Any:
+    """The stage with `options` where its own activation_options do not say otherwise."""
+    if not options:
+        return stage
+    train = stage.train if isinstance(stage, config.RunConfig) else stage
+    return _replaced(stage, {**options, **train.activation_options})
+
+
+def _replaced(stage: Any, options: dict[str, float]) -> Any:
+    if isinstance(stage, config.RunConfig):
+        return dataclasses.replace(stage, train=_replaced(stage.train, options))
+    return dataclasses.replace(stage, activation_options=options)
 
 
 def _unboxed(box: str) -> str:

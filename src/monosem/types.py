@@ -85,6 +85,8 @@ class StepGradients(NamedTuple):
     """Tokens of the batch on which each latent's activation exceeded FIRED_THRESHOLD."""
     l0: Float[Tensor, ""]
     """Mean number of positive values a token."""
+    stats: dict[str, float] | None = None
+    """How the kernels found the latents, for the log (docs/formats.md); None where they do not count."""
     extras: Extras = {}  # noqa: RUF012 (nothing writes to it)
     """Gradients of the extras that are trained."""
     buffers: Extras = {}  # noqa: RUF012

@@ -135,6 +135,7 @@ def _step(spec: LossSpec, gradients: Weights | None, terms: tuple, n_fired: Tens
         auxk_dropped=torch.tensor(dropped),
         n_fired=n_fired,
         l0=torch.tensor(n_active / n_rows),
+        stats=stats,
     )
 
 

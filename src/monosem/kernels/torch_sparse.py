@@ -103,7 +103,7 @@ def sparse_gradients(
     starts_N = torch.searchsorted(order.values, torch.arange(latents.n_latents, device=x_BD.device))
     d_values = torch.empty(len(tokens), dtype=x_BD.dtype, device=x_BD.device)
     for pairs in row_chunks(len(tokens), x_BD.shape[1], x_BD.device):
-        d_values[pairs] = (d_recons_BD[tokens[pairs]] * weights.decoder[order.values[pairs]]).sum(1) + d_active
+        d_values[pairs] = d_recons_BD[tokens[pairs]].mul_(weights.decoder[order.values[pairs]]).sum(1).add_(d_active)
     d_bias_N = _segment_sums(tokens, starts_N, d_values, x_BD.new_ones(len(x_BD), 1)).squeeze(1)
     return Weights(
         encoder=_segment_sums(tokens, starts_N, d_values, x_BD - weights.pre_bias),

@@ -41,6 +41,13 @@ def nested_gradients(
     return gradients, recons
 
 
+def compact(latents: SparseLatents) -> SparseLatents:
+    """The same latents by falling value, without the slots that no token uses (but one)."""
+    width = max(1, int((latents.values > 0).sum(1).max()))
+    kept = latents.values.topk(width, dim=1)
+    return latents._replace(indices=latents.indices.gather(1, kept.indices), values=kept.values)
+
+
 def finished_step(
     gradients: Weights,
     x: Float[Tensor, "batch d_model"],

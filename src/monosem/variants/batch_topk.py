@@ -19,7 +19,7 @@ from torch import Tensor
 from monosem import losses
 from monosem.kernels import reference
 from monosem.types import Extras, LossSpec, LossTerms, SparseLatents, StepGradients, Weights
-from monosem.variants._sparse import finished_step, nested_gradients
+from monosem.variants._sparse import compact, finished_step, nested_gradients
 
 USES = ("k", "auxk")
 OPTIONS: dict[str, tuple[float, float, float]] = {}
@@ -80,7 +80,7 @@ def select(x: Float[Tensor, "batch d_model"], weights: Weights, spec: LossSpec, 
         found = kernel.topk_encode(x, weights, width, spec.precision)
         kept = found._replace(values=keep_largest(found.values, len(x) * spec.k))
         if width == len(weights.latent_bias) or not (kept.values > 0).all(dim=1).any():
-            return kept
+            return compact(kept)
         width *= 2
 
 

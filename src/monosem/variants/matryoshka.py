@@ -21,7 +21,7 @@ from monosem import losses
 from monosem.kernels import reference
 from monosem.types import Extras, LossSpec, LossTerms, StepGradients, Weights
 from monosem.variants import batch_topk
-from monosem.variants._sparse import finished_step, nested_gradients
+from monosem.variants._sparse import compact, finished_step, nested_gradients
 
 USES = ("k", "auxk")
 OPTIONS = {"n_prefixes": (5, 1, 64)}
@@ -67,7 +67,7 @@ def gradients(
     latents = batch_topk.select(x, weights, spec, kernel)
     sizes = prefixes(latents.n_latents, spec.options)
     group_BK = torch.bucketize(latents.indices, torch.tensor(sizes, device=x.device), right=True)
-    groups = [latents._replace(values=latents.values.masked_fill(group_BK != g, 0)) for g in range(len(sizes))]
+    groups = [compact(latents._replace(values=latents.values.masked_fill(group_BK != g, 0))) for g in range(len(sizes))]
     into, recons = nested_gradients(x, weights, spec, groups, [1 / len(sizes)] * len(sizes), kernel)
     total = torch.stack([losses.mse(r, x, spec.mse_scale) for r in recons]).mean()
     buffers = {"threshold": batch_topk.moved(extras["threshold"], latents.values)}
