@@ -91,6 +91,6 @@ def test_parts_that_are_done_are_not_done_again(
 
 def test_a_folder_without_tasks_is_said_before_eval_json_is_written(run: EvalConfig, tmp_path: Path) -> None:
     (Path(run.run) / "eval.json").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match="has no .csv file; give a folder of them"):
+    with pytest.raises(ValueError, match=r"has no \.csv file; give a folder of them"):
         evaluate(dataclasses.replace(run, tasks=str(tmp_path)))
     assert not (Path(run.run) / "eval.json").exists()

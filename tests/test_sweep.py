@@ -83,10 +83,11 @@ def curve(run: Path) -> list[dict[str, Any]]:
 
 
 def rows(out: str) -> list[dict[str, str]]:
-    """runs.csv without what depends on the clock."""
+    """runs.csv without what depends on the clock and the checkout."""
     with open(Path(out) / "runs.csv", encoding="utf-8", newline="") as file:
         return [
-            {k: v for k, v in row.items() if k not in ("kernel_s", "wall_s", "date")} for row in csv.DictReader(file)
+            {k: v for k, v in row.items() if k not in ("kernel_s", "wall_s", "date", "commit")}
+            for row in csv.DictReader(file)
         ]
 
 

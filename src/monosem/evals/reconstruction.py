@@ -9,14 +9,13 @@ the raw space says so in its name.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from monosem import kernels, variants
 from monosem.evals.bootstrap import Interval, as_metric, bootstrap, ratio, wilson
 from monosem.model import Autoencoder
 from monosem.types import FIRED_THRESHOLD, Metric, SparseLatents
@@ -94,19 +93,19 @@ def tally(
     blocks: Iterable[Float[Tensor, "_ d_model"]],
     clusters: Int[Tensor, " n_rows"],
     device: torch.device | str = "cpu",
+    encode: Callable[[Tensor], SparseLatents] | None = None,
 ) -> Tally:
     """Reconstruct the raw activations in `blocks`, whose rows one after another belong to `clusters` (0 ... C-1).
 
-    As `autoencoder.encode` and `decode`, with the fastest kernels that there are for the device.
+    `encode` stands for `autoencoder.encode` where a caller has a faster one.
     """
     config = autoencoder.config
-    _, kernel = kernels.select("auto", torch.device(device))
     found, start = Tally(int(clusters.max()) + 1, config.d_model, config.n_latents), 0
     for rows in (rows for block in blocks for rows in block.split(_ROWS_AT_ONCE)):
         x_raw = rows.to(device, torch.float32)
         x, stats = autoencoder.normalize(x_raw)
-        latents = variants.encode(config.activation, x, autoencoder.weights, autoencoder.extras, config.k, kernel)
-        recons = kernel.decode(latents, autoencoder.weights)
+        latents = (encode or autoencoder.encode)(x)
+        recons = autoencoder.decode(latents)
         recons_raw = autoencoder.denormalize(recons, stats)
         found.add(clusters[start : start + len(rows)], (x_raw, recons_raw), (x, recons), latents)
         start += len(rows)

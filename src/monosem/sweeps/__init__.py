@@ -236,7 +236,7 @@ class _Sweep:
             else:
                 chosen = autoencoder.provenance["weights"]
             try:
-                measured = held_out.measure(autoencoder, run.device)
+                measured = held_out.measure(autoencoder, run)
             except ValueError as error:
                 raise Diverged(f"at step {run.state.step} {error}") from None
             self.table.add(table.row(member.name, run, member.hash, weights=chosen, **measured))

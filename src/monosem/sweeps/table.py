@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from monosem import __version__, artifacts, variants
+from monosem import __version__, artifacts, step, variants
 from monosem.activations import ActivationStore
 from monosem.config import TrainConfig, activation_facts
 from monosem.evals import reconstruction
 from monosem.evals.bootstrap import clusters_of
 from monosem.model import WEIGHTS_FILE, Autoencoder
 from monosem.training import SAMPLE_TOKENS, SELECTION_TOKENS, Run
+from monosem.types import SparseLatents
 
 COLUMNS = (
     *("run", "activation", "n_latents", "k", "lr", "sparsity_coef", "activation_options", "tied_init", "auxk"),
@@ -80,9 +81,14 @@ class HeldOut:
         self.clusters = clusters_of(documents).repeat_interleave(store.rows_per_context)
         self.n_resamples = n_resamples
 
-    def measure(self, autoencoder: Autoencoder, device: torch.device) -> dict[str, float]:
-        """The columns that need held-out tokens; `ValueError` when a number is not finite."""
-        found = reconstruction.tally(autoencoder.to(device), self.blocks, self.clusters, device)
+    def measure(self, autoencoder: Autoencoder, run: Run) -> dict[str, float]:
+        """The columns that need held-out tokens, with the run's kernels; `ValueError` when a number is not finite."""
+        autoencoder = autoencoder.to(run.device)
+
+        def encode(x: torch.Tensor) -> SparseLatents:
+            return step.encode(x, autoencoder.weights, autoencoder.extras, run.recipe, run.kernel)
+
+        found = reconstruction.tally(autoencoder, self.blocks, self.clusters, run.device, encode)
         by_name = {m.name: m for m in reconstruction.metrics(found, n_resamples=self.n_resamples, seed=0)}
         nmse = by_name["normalized_mse"]
         return {
