@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import monosem
-from monosem import config, step, variants
+from monosem import artifacts, config, step, variants
 from monosem.checkpoint import load_state, save_state
 from monosem.config import TrainConfig, activation_facts, activations
 from monosem.kernels import native_is_built, reference, select, torch_sparse
@@ -217,6 +217,17 @@ def test_saved_and_resumed_training_ends_in_the_same_bits(name: str, tmp_path: P
         want, got = flat(getattr(whole, part)), flat(getattr(resumed, part))
         assert want.keys() == got.keys() and all(torch.equal(want[n], got[n]) for n in want), part
     assert torch.equal(whole.tokens_since_fired, resumed.tokens_since_fired)
+
+
+def test_a_state_from_before_there_were_extras_still_loads(tmp_path: Path) -> None:
+    state, recipe = started("topk")
+    advance(state, recipe, 2)
+    save_state(tmp_path, state, {"ema": True})
+    latest = artifacts.read_json(tmp_path / "latest.json")
+    assert latest.pop("extras") == []
+    artifacts.write_json(tmp_path / "latest.json", latest)
+    found = load_state(tmp_path, CPU)
+    assert found is not None and torch.equal(found[0].weights.encoder, state.weights.encoder)
 
 
 def flat(part: Any, prefix: str = "") -> dict[str, Tensor]:
