@@ -202,3 +202,13 @@ def test_the_memory_of_all_workers_decides_whether_peers_go_first(monkeypatch: p
     train.time_shape(names, shape, argparse.Namespace(memory_gib=100))
     train.time_shape(names, shape, argparse.Namespace(memory_gib=0.1))
     assert groups == [names, ["naive", "sparsify"], ["torch", "sparsify"]]
+
+
+def test_probes_says_what_it_extrapolated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"n-latents": 64, "n-texts": 40, "n-tasks": 6, "d-model": 8, "n-shuffles": 2, "measure": 1}
+    sizes["threads"] = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["probes", *(word for k, v in sizes.items() for word in (f"--{k}", str(v)))])
+    module("probes").main()
+    printed = capsys.readouterr().out
+    assert "64 latents, 40 texts, 6 tasks" in printed and "0 probes did not converge" in printed
+    assert printed.count("(extrapolated from 1 tasks)") == 4
