@@ -139,6 +139,9 @@ struct Level {
   /// out = pre_bias + sum_j value[j] decoder[index[j]].
   void (*decode_row)(const float* decoder, const float* pre_bias, int64_t d_model, const int64_t* index,
                      const float* value, int64_t count, float* out);
+  /// out[j] = row . matrix[index[j]] + plus.
+  void (*dots)(const float* row, const float* matrix, int64_t d_model, const int32_t* index, int64_t count, float plus,
+               float* out);
   /// out[t] = sum of rows [begin, end) of matrix[., t], times `factor`.
   void (*column_sums)(const float* matrix, int64_t stride, int64_t d_model, int64_t begin, int64_t end, double* out);
   /// Sum over rows [begin, end) of |row - mean|^2.

@@ -44,6 +44,6 @@ inline void decode_row(const float* decoder, const float* pre_bias, int64_t d, c
 }
 
 const Level kLevel = {MONOSEM_LEVEL_NAME, kPanel,        kHasLow,     packed_words, tile_rows,
-                      pack_encoder,       pack_scratch_bytes, rows,    rows_scratch_bytes, decode_row, column_sums,
+                      pack_encoder,       pack_scratch_bytes, rows,    rows_scratch_bytes, decode_row, dots, column_sums,
                       spread,             aux_gradients,      aux_scratch_bytes,  latent_gradient,    add_scaled, project,   squared_norm, update_latent,
                       update_values};

@@ -50,6 +50,10 @@ RowsStats topk_encode(const Shape&, const Weights&, const float* x, Precision, i
 void decode(const Shape&, const Weights&, const int64_t* index, const float* value, int64_t k, float* recons);
 Terms topk_gradients(const Shape&, const Weights&, const float* x, Precision, const Loss&, const bool* dead,
                      const Weights& gradients, int64_t* n_fired);
+/// Gradients of a loss through `recons` = decode(latents), whose gradient by recons is `d_recons` [B, D], and of
+/// d_active times the sum of the active values. Slots whose value is not positive are skipped, whatever their index.
+void sparse_gradients(const Shape&, const Weights&, const float* x, const int64_t* index, const float* value, int64_t k,
+                      const float* d_recons, double d_active, const Weights& gradients);
 /// Returns the gradient's norm; `gradients` are used up. `average` has null pointers when it is off.
 double apply_update(const Shape&, const Weights&, const Weights& gradients, const Weights& first, const Weights& second,
                     const Weights& average, const Update&);

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from monosem import _native
 from monosem.kernels.reference import BETA1, BETA2, EPSILON
-from monosem.kernels.torch_sparse import relu_encode, relu_gradients, sparse_gradients, threshold_encode
+from monosem.kernels.torch_sparse import relu_encode, relu_gradients, threshold_encode
 from monosem.types import LossSpec, OptimizerState, SparseLatents, StepGradients, UpdateSpec, Weights
 
 __all__ = [
@@ -63,6 +63,23 @@ def decode(latents: SparseLatents, weights: Weights) -> Float[Tensor, "batch d_m
     recons = torch.empty(len(values), len(weights.pre_bias))
     _native.decode(latents.indices.detach().to(torch.int64).contiguous(), values, weights, recons)
     return recons
+
+
+def sparse_gradients(
+    x_BD: Float[Tensor, "batch d_model"],
+    weights: Weights,
+    latents: SparseLatents,
+    d_recons_BD: Float[Tensor, "batch d_model"],
+    d_active: float = 0.0,
+) -> Weights:
+    """As `reference.sparse_gradients`: one visit of each latent, in registers, over the tokens where it is active."""
+    weights = _readable(weights)
+    gradients = Weights(*(torch.empty_like(w) for w in weights))
+    values, indices = _rows("values", latents.values), latents.indices.detach().to(torch.int64).contiguous()
+    _native.sparse_gradients(
+        _rows("x", x_BD), weights, indices, values, _rows("d_recons", d_recons_BD), d_active, gradients
+    )
+    return gradients
 
 
 def topk_gradients(
