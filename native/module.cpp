@@ -89,6 +89,27 @@ nb::dict topk_encode(Matrix x, nb::tuple w, int64_t k, const std::string& precis
   return as_dict(stats);
 }
 
+/// A tensor of torch that owns `data`.
+template <class T>
+nb::ndarray<nb::pytorch, T, nb::ndim<2>> owned(std::unique_ptr<T[]> data, size_t rows, size_t columns) {
+  T* raw = data.release();
+  return {raw, {rows, columns}, nb::capsule(raw, [](void* p) noexcept { delete[] static_cast<T*>(p); })};
+}
+
+nb::object threshold_encode(Matrix x, nb::tuple w, Vector threshold, const std::string& precision) {
+  const monosem::Shape shape = batch_shape(w, x);
+  const monosem::Weights arrays = weights(w, shape);
+  if (threshold.shape(0) != static_cast<size_t>(shape.n_latents)) refuse("threshold must be [n_latents]");
+  std::optional<monosem::Exceeding> found;
+  {
+    nb::gil_scoped_release release;
+    found = monosem::threshold_encode(shape, arrays, x.data(), precision_named(precision, shape), threshold.data());
+  }
+  if (!found) return nb::none();
+  const size_t width = static_cast<size_t>(found->width);
+  return nb::make_tuple(owned(std::move(found->index), x.shape(0), width), owned(std::move(found->value), x.shape(0), width));
+}
+
 void check_index(int64_t index, const monosem::Shape& shape) {
   if (index < 0 || index >= shape.n_latents)
     refuse("index " + std::to_string(index) + " is outside 0.." + std::to_string(shape.n_latents - 1));
@@ -204,6 +225,8 @@ void set_level(const std::string& name) {
 
 NB_MODULE(_native, m) {
   m.def("topk_encode", &topk_encode, "x"_a, "weights"_a, "k"_a, "precision"_a, "index"_a, "value"_a);
+  m.def("threshold_encode", &threshold_encode, "x"_a, "weights"_a, "threshold"_a, "precision"_a,
+        "Indices and values, or None where they would not be sparse.");
   m.def("decode", &decode, "index"_a, "value"_a, "weights"_a, "recons"_a);
   m.def("sparse_gradients", &sparse_gradients, "x"_a, "weights"_a, "index"_a, "value"_a, "d_recons"_a, "d_active"_a,
         "gradients"_a);

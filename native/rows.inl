@@ -40,7 +40,7 @@ struct RowsScratch {
   float* floor;            // [rows] a proven T: the least lower bound of k latents; 0 where fewer than k are active
   Candidates top, aux;
   uint64_t* ranks;         // [largest capacity] keys being selected
-  Visit* visits;           // [rows x largest k]
+  Visit* visits;           // [rows x largest capacity]
   Run* runs;               // [at most N]
   uint32_t* bucket;        // [N + 1]
   uint32_t* place_of;      // [N] the places of the dead latents
@@ -77,7 +77,7 @@ inline RowsScratch take_scratch(Arena& arena, const RowsTask& task, int64_t step
   s.top = take_candidates(arena, rows, task.k);
   s.aux = take_candidates(arena, rows, task.auxk);
   s.ranks = arena.take<uint64_t>(capacity_for(k));
-  const int64_t n_visits = block_rows * k;
+  const int64_t n_visits = block_rows * capacity_for(k);
   s.visits = arena.take<Visit>(n_visits);
   s.runs = arena.take<Run>(n_visits < task.n_latents ? n_visits : task.n_latents);
   s.bucket = arena.take<uint32_t>(task.n_latents + 1);
@@ -457,4 +457,62 @@ void process_rows(const RowsTask& task, int64_t begin, int64_t end, void* scratc
   for (int64_t i = 0; i < n_rows; i += kAuxRows)
     score(task, centred, i, i + kAuxRows < n_rows ? i + kAuxRows : n_rows, s.aux, s, aux_stats);
   finish_aux(task, begin, n_rows, s, stats);
+}
+
+/// Keys of all values above their thresholds, of one row, latent by latent; with null `ranks` it only counts.
+inline int64_t exceed_exactly(const RowsTask& task, const float* centred, uint64_t* ranks) {
+  int64_t count = 0;
+  for (int64_t latent = 0; latent < task.n_latents; ++latent) {
+    const float value = canonical(task, centred, latent);
+    if (!(value > task.threshold[latent])) continue;
+    if (ranks) ranks[count] = rank_key(value, static_cast<uint32_t>(latent));
+    ++count;
+  }
+  return count;
+}
+
+inline void threshold_row(const RowsTask& task, int64_t row, uint64_t* ranks, int64_t* index, float* value) {
+  const int64_t count = exceed_exactly(task, task.centred + row * task.stride, ranks);
+  sort_falling(ranks, count);
+  for (int64_t j = 0; j < count; ++j) {
+    index[j] = static_cast<int64_t>(~static_cast<uint32_t>(ranks[j]));
+    value[j] = from_bits(static_cast<uint32_t>(ranks[j] >> 32));
+  }
+}
+
+template <class Product>
+void process_thresholds(const RowsTask& task, int64_t begin, int64_t end, void* scratch, RowsStats& stats) {
+  const int64_t steps = Product::words(task.d_model), n_rows = end - begin;
+  Arena arena{static_cast<char*>(scratch)};
+  RowsScratch s = take_scratch(arena, task, steps, Product::kRows, n_rows);
+  s.top.k = INT64_MAX;  // no candidate is ever dropped for others
+  centre_and_pack<Product>(task, begin, end, steps, 0.0f, s);
+  const Block block{&task.packed, s.tiles, s.row_norm, s.row_rounding, s.row_scale,
+                    (task.n_latents + kPanel - 1) / kPanel, steps, 0};
+  const int64_t n_tiles = whole_tiles(n_rows, Product::kRows) / Product::kRows;
+  for (int64_t t = 0; t < n_tiles; ++t) s.which[t] = static_cast<uint32_t>(t);
+  if (!task.poisoned)
+    sweep<Product>(block, s.top, nullptr, s.which, n_tiles, reinterpret_cast<TileSums<Product>*>(s.sums));
+  const float* centred = task.centred + begin * task.stride;
+  score(task, centred, 0, n_rows, s.top, s, stats);
+  for (int64_t i = 0; i < n_rows; ++i) {
+    int32_t* index = task.index + (begin + i) * task.k;
+    float* value = task.value + (begin + i) * task.k;
+    int64_t count = 0;
+    if (!is_finite(task, s, i)) {
+      count = poison(1, task.n_latents, index, value);
+    } else if (s.top.count[i] < 0) {
+      ++stats.n_saturated;
+      count = exceed_exactly(task, centred + i * task.stride, nullptr);
+      if (count <= task.k) exceed_exactly(task, centred + i * task.stride, s.ranks);
+    } else {
+      const int64_t first = i * s.top.capacity;
+      for (int64_t j = first; j < first + s.top.count[i]; ++j)
+        if (s.top.upper[j] > task.threshold[s.top.index[j]]) s.ranks[count++] = rank_key(s.top.upper[j], s.top.index[j]);
+    }
+    task.count[begin + i] = static_cast<int32_t>(count);
+    if (!is_finite(task, s, i) || count > task.k) continue;
+    sort_falling(s.ranks, count);
+    write_row(s.ranks, count, task.k, index, value);
+  }
 }

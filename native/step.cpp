@@ -18,6 +18,7 @@ constexpr double kFired = 1e-3;        // types.FIRED_THRESHOLD
 constexpr int64_t kLatentBlock = 64;   // latents whose contribution to pre_bias is summed apart, whatever the threads
 constexpr int64_t kAuxLatents = 4096;  // latents whose AuxK gradients are held at once
 constexpr int64_t kRowBlock = 256;     // rows of a column sum, likewise
+constexpr int64_t kProbe = 32;         // rows that say whether a batch is sparse
 constexpr int64_t kTileBytes = 640 << 10;  // packed rows of a block: they stay in L2 while the panels pass
 
 /// Where the thresholds of each thread's next block start, as a share of a row's norm: handed on from call to call, among
@@ -40,7 +41,7 @@ class Starts {
 };
 
 struct Workspace {
-  Buffer panels, encoder_terms, offset, places;
+  Buffer panels, encoder_terms, offset, places, threshold;
   Buffer centred, residual, index, value, d_value, count, squared;
   Buffer aux_residual, aux_index, aux_value, aux_d_value, aux_count, aux_squared;
   Buffer starts, pairs, aux_starts, aux_pairs, histogram;
@@ -51,7 +52,7 @@ struct Workspace {
 
   template <class Visit>
   void each(Visit visit) {
-    for (Buffer* b : {&panels, &encoder_terms, &offset, &places, &centred, &residual, &index, &value, &d_value, &count, &squared,
+    for (Buffer* b : {&panels, &encoder_terms, &offset, &places, &threshold, &centred, &residual, &index, &value, &d_value, &count, &squared,
                       &aux_residual, &aux_index, &aux_value, &aux_d_value, &aux_count, &aux_squared, &starts, &pairs,
                       &aux_starts, &aux_pairs, &histogram, &aux_latents, &aux_rank, &aux_encoder, &aux_decoder, &sums,
                       &partial})
@@ -101,7 +102,8 @@ struct Packed {
   bool poisoned;
 };
 
-Packed pack(const Level& l, Precision precision, const Shape& shape, const Weights& w, const uint32_t* places) {
+Packed pack(const Level& l, Precision precision, const Shape& shape, const Weights& w, const uint32_t* places,
+            const float* threshold = nullptr) {
   times = {};
   const Timer timer(times.pack);
   const int64_t n_panels = ceil_div(shape.n_latents, l.panel_latents), n = n_panels * l.panel_latents;
@@ -111,7 +113,7 @@ Packed pack(const Level& l, Precision precision, const Shape& shape, const Weigh
                              terms + 4 * n};
   const int64_t chunk = 4, scratch = l.pack_scratch_bytes(precision, shape.d_model);
   parallel(ceil_div(n_panels, chunk), scratch, [&](int64_t i, char* area) {
-    l.pack_encoder(precision, w.encoder, w.latent_bias, shape.n_latents, shape.d_model, packed, i * chunk,
+    l.pack_encoder(precision, w.encoder, w.latent_bias, threshold, shape.n_latents, shape.d_model, packed, i * chunk,
                    std::min(n_panels, (i + 1) * chunk), area);
   });
   bool finite = true;
@@ -153,14 +155,19 @@ RowsTask selection(const Shape& shape, const Weights& w, const float* x, Precisi
   return task;
 }
 
-RowsStats run_rows(const Level& l, const RowsTask& task) {
-  const Timer timer(times.rows);
+/// Rows of a block: whole tiles that stay in L2 while the panels pass, about as many blocks for each thread.
+int64_t block_rows(const Level& l, const RowsTask& task, int64_t n_rows) {
   const int64_t tile_rows = l.tile_rows(task.precision);
   const int64_t tile_bytes = l.packed_words(task.precision, task.d_model) * 4 * tile_rows;
   const int64_t n_threads = omp_get_max_threads();
   const int64_t most = std::clamp<int64_t>(kTileBytes / tile_bytes, 1, 100) * tile_rows;
-  const int64_t n_blocks = ceil_div(ceil_div(task.n_rows, most), n_threads) * n_threads;
-  const int64_t rows = ceil_div(ceil_div(task.n_rows, n_blocks), tile_rows) * tile_rows;
+  const int64_t n_blocks = ceil_div(ceil_div(n_rows, most), n_threads) * n_threads;
+  return ceil_div(ceil_div(n_rows, n_blocks), tile_rows) * tile_rows;
+}
+
+RowsStats run_rows(const Level& l, const RowsTask& task) {
+  const Timer timer(times.rows);
+  const int64_t n_threads = omp_get_max_threads(), rows = block_rows(l, task, task.n_rows);
   float* starts = workspace.first_thresholds.of(task, n_threads);
   std::vector<RowsStats> stats(static_cast<size_t>(ceil_div(task.n_rows, rows)));
   parallel(static_cast<int64_t>(stats.size()), l.rows_scratch_bytes(task, rows), [&](int64_t i, char* area) {
@@ -433,11 +440,48 @@ RowsStats topk_encode(const Shape& shape, const Weights& w, const float* x, Prec
   return stats;
 }
 
+std::optional<Exceeding> threshold_encode(const Shape& shape, const Weights& w, const float* x, Precision precision,
+                                          const float* threshold) {
+  const Level& l = level();
+  const int64_t most = std::clamp<int64_t>(shape.n_latents / 16, 1, 1024), first = std::min<int64_t>(shape.batch, kProbe);
+  float* positive = workspace.threshold.take<float>(shape.n_latents);
+  for (int64_t i = 0; i < shape.n_latents; ++i) positive[i] = std::max(threshold[i], 0.0f);
+  RowsTask task = selection(shape, w, x, precision, most, pack(l, precision, shape, w, nullptr, positive));
+  task.threshold = positive;
+  const auto run = [&](int64_t begin, int64_t end) {
+    const Timer timer(times.rows);
+    const int64_t rows = end > begin ? block_rows(l, task, end - begin) : 1;
+    std::vector<RowsStats> stats(static_cast<size_t>(ceil_div(end - begin, rows)));
+    parallel(ceil_div(end - begin, rows), l.rows_scratch_bytes(task, rows), [&](int64_t i, char* area) {
+      l.threshold_rows(task, begin + i * rows, std::min(end, begin + (i + 1) * rows), area, stats[static_cast<size_t>(i)]);
+    });
+  };
+  run(0, first);
+  if (std::count_if(task.count, task.count + first, [&](int32_t n) { return n > most; }) * 4 > first) return std::nullopt;
+  run(first, shape.batch);
+
+  Exceeding found{0, nullptr, nullptr};
+  for (int64_t row = 0; row < shape.batch; ++row) found.width = std::max<int64_t>(found.width, task.count[row]);
+  found.index.reset(new int64_t[static_cast<size_t>(shape.batch * found.width)]());
+  found.value.reset(new float[static_cast<size_t>(shape.batch * found.width)]());
+  parallel(shape.batch, shape.n_latents * 8, [&](int64_t row, char* area) {
+    int64_t* index = found.index.get() + row * found.width;
+    float* value = found.value.get() + row * found.width;
+    if (task.count[row] > most) return l.threshold_row(task, row, reinterpret_cast<uint64_t*>(area), index, value);
+    std::copy(task.index + row * most, task.index + row * most + task.count[row], index);
+    std::copy(task.value + row * most, task.value + row * most + task.count[row], value);
+  });
+  return found;
+}
+
 void decode(const Shape& shape, const Weights& w, const int64_t* index, const float* value, int64_t k, float* recons) {
   const Level& l = level();
   parallel(ceil_div(shape.batch, 64), 1, [&](int64_t block, char*) {
-    for (int64_t row = block * 64; row < std::min(shape.batch, (block + 1) * 64); ++row)
-      l.decode_row(w.decoder, w.pre_bias, shape.d_model, index + row * k, value + row * k, k, recons + row * shape.d_model);
+    for (int64_t row = block * 64; row < std::min(shape.batch, (block + 1) * 64); ++row) {
+      int64_t count = k;
+      while (count && value[row * k + count - 1] == 0) --count;
+      l.decode_row(w.decoder, w.pre_bias, shape.d_model, index + row * k, value + row * k, count, recons + row * shape.d_model);
+    }
   });
 }
 

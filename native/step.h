@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <optional>
 
 #include "level.h"
 
@@ -47,6 +49,14 @@ bool set_level(const char* name);
 const char* const* level_names();
 
 RowsStats topk_encode(const Shape&, const Weights&, const float* x, Precision, int64_t k, int64_t* index, float* value);
+/// All pre-activations above max(threshold, 0), a row of `width` slots each by falling value, 0 behind them. Nothing where
+/// it would not be sparse: more than a quarter of the first rows have above a sixteenth of the latents (or above 1,024).
+struct Exceeding {
+  int64_t width;
+  std::unique_ptr<int64_t[]> index;
+  std::unique_ptr<float[]> value;
+};
+std::optional<Exceeding> threshold_encode(const Shape&, const Weights&, const float* x, Precision, const float* threshold);
 void decode(const Shape&, const Weights&, const int64_t* index, const float* value, int64_t k, float* recons);
 Terms topk_gradients(const Shape&, const Weights&, const float* x, Precision, const Loss&, const bool* dead,
                      const Weights& gradients, int64_t* n_fired);

@@ -219,6 +219,60 @@ def test_sparse_gradients_are_those_of_the_topk_step_and_of_any_number_of_thread
         torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shift", [-3.0, -1.0, 0.0])
+@pytest.mark.parametrize("shape", [s[:3] for s in SHAPES])
+def test_threshold_encode_is_the_reference(shape: tuple[int, int, int], shift: float, precision: str) -> None:
+    """From a few active latents a token to half of them, with rows that exceed what a sparse row may have."""
+    w, x = make_case(*shape)
+    w = w._replace(latent_bias=w.latent_bias + shift)
+    x[len(x) // 2 + 1 :: 3] *= 20
+    threshold = 0.5 * torch.randn(shape[0], generator=torch.Generator().manual_seed(3))
+    ours = native.threshold_encode(x, w, threshold, precision)
+    truth = reference.threshold_encode(x.double(), double(w), threshold.double())
+    assert ours.values.shape == truth.values.shape
+    torch.testing.assert_close(reference.dense(ours).double(), reference.dense(truth), rtol=1e-5, atol=1e-4)
+    assert (ours.values[:, 1:] <= ours.values[:, :-1]).all()
+
+
+def test_the_selecting_precision_changes_no_bit_of_threshold_encode() -> None:
+    w, x = make_case(3000, 48, 100)
+    w = w._replace(latent_bias=w.latent_bias - 1.5)
+    x[50:60] *= 10
+    results = [native.threshold_encode(x, w, torch.zeros(3000), precision) for precision in PRECISIONS]
+    alone = native.threshold_encode(x[51:52], w, torch.zeros(3000))
+    assert (results[0].values > 0).sum(1).max() > 3000 / 16  # beyond what the sweep keeps: scored latent by latent
+    for other in results[1:]:
+        assert torch.equal(results[0].values, other.values) and torch.equal(results[0].indices, other.indices)
+    torch.testing.assert_close(results[0].values[51, : alone.values.shape[1]], alone.values[0])
+
+
+@pytest.mark.parametrize("shift", [-2.5, 0.0])
+@pytest.mark.parametrize("shape", [(1000, 64, 100), (333, 100, 50), (40, 1, 7)])
+def test_relu_gradients_err_no_more_than_dense_torch(shape: tuple[int, int, int], shift: float) -> None:
+    w, x = make_case(*shape)
+    w = w._replace(latent_bias=w.latent_bias + shift)
+    spec = LossSpec(k=1, mse_scale=0.7, l1_coef=0.05)
+    ours, dense = native.relu_gradients(x, w, spec), reference.relu_gradients(x, w, spec)
+    truth = reference.relu_gradients(x.double(), double(w), spec)
+    size = max(g.norm() for g in truth.gradients)
+    for name, mine, true, theirs in zip(Weights._fields, ours.gradients, truth.gradients, dense.gradients, strict=True):
+        assert (mine - true).norm() <= 2 * (theirs - true).norm() + 1e-6 * size, name
+    for name in ("loss", "mse", "auxiliary", "l0"):
+        assert getattr(ours, name).item() == pytest.approx(getattr(truth, name).item(), rel=1e-5, abs=1e-7), name
+    assert torch.equal(ours.n_fired, truth.n_fired)
+
+
+@pytest.mark.parametrize("shift", [-2.0, 0.0])
+def test_threshold_encode_shows_a_row_that_is_not_finite(shift: float) -> None:
+    w, x = make_case(300, 20, 40)
+    w = w._replace(latent_bias=w.latent_bias + shift)
+    x[7, 3] = float("nan")
+    ours = native.threshold_encode(x, w, torch.zeros(300))
+    assert ours.values[7].isnan().any() and not ours.values[8].isnan().any()
+    assert native.threshold_encode(x[:0], w, torch.zeros(300)).values.shape == (0, 0)
+
+
 def test_sparse_gradients_refuse_a_foreign_index_of_an_active_latent_and_take_no_row_at_all() -> None:
     w, x = make_case(30, 6, 4)
     latents = SparseLatents(torch.full((4, 2), 30), torch.ones(4, 2), 30)
