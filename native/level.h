@@ -23,7 +23,7 @@ struct PackedEncoder {
   uint32_t* panels;    // [n_panels][steps][panel_latents]
   float* scale;        // [N padded] real value of one unit of the packed integers; 1 for fp32 and bf16
   int32_t* offset;     // [N padded] int8: what shifting the rows by 128 adds to every product
-  float* upper_bias;   // [N padded] latent_bias + bias_slack; -inf beyond N
+  float* upper_bias;   // [N padded] latent_bias + bias_slack, less a latent's threshold if it has one; -inf beyond N
   float* bias_slack;   // [N padded]
   float* norm;         // [N padded] norm of the packed row
   float* rounding;     // [N padded] norm of (row - packed row), and the rounding of both sums
@@ -39,6 +39,7 @@ struct RowsTask {
   const float* decoder;      // [N, D]; null: encode only
   const float* pre_bias;     // [D]
   PackedEncoder packed;
+  const float* threshold;    // [N] not negative; null: 0
   bool poisoned;             // a weight is not finite: every value is NaN
 
   int64_t k;
@@ -127,18 +128,27 @@ struct Level {
   /// 32-bit words a row takes when packed.
   int64_t (*packed_words)(Precision, int64_t d_model);
   int64_t (*tile_rows)(Precision);
-  void (*pack_encoder)(Precision, const float* encoder, const float* latent_bias, int64_t n_latents, int64_t d_model,
-                       const PackedEncoder&, int64_t panel_begin, int64_t panel_end, void* scratch);
+  void (*pack_encoder)(Precision, const float* encoder, const float* latent_bias, const float* threshold,
+                       int64_t n_latents, int64_t d_model, const PackedEncoder&, int64_t panel_begin, int64_t panel_end,
+                       void* scratch);
   int64_t (*pack_scratch_bytes)(Precision, int64_t d_model);
 
   /// Rows [begin, end) of a task, at most `block_rows` of them, by one thread. `start` passes from block to block of a
   /// thread: the share of its norm at which a row's threshold starts (README, "Warm thresholds"), 0 to start cold.
   void (*rows)(const RowsTask&, int64_t begin, int64_t end, void* scratch, float& start, RowsStats&);
   int64_t (*rows_scratch_bytes)(const RowsTask&, int64_t block_rows);
+  /// The same for all pre-activations above their latent's threshold instead of the top k: `count` has their true number
+  /// even where it exceeds k, but such a row is not written.
+  void (*threshold_rows)(const RowsTask&, int64_t begin, int64_t end, void* scratch, RowsStats&);
+  /// One row latent by latent, by falling value; `ranks` has room for N.
+  void (*threshold_row)(const RowsTask&, int64_t row, uint64_t* ranks, int64_t* index, float* value);
 
   /// out = pre_bias + sum_j value[j] decoder[index[j]].
   void (*decode_row)(const float* decoder, const float* pre_bias, int64_t d_model, const int64_t* index,
                      const float* value, int64_t count, float* out);
+  /// out[j] = row . matrix[index[j]] + plus.
+  void (*dots)(const float* row, const float* matrix, int64_t d_model, const int32_t* index, int64_t count, float plus,
+               float* out);
   /// out[t] = sum of rows [begin, end) of matrix[., t], times `factor`.
   void (*column_sums)(const float* matrix, int64_t stride, int64_t d_model, int64_t begin, int64_t end, double* out);
   /// Sum over rows [begin, end) of |row - mean|^2.

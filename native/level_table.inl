@@ -19,10 +19,12 @@ inline int64_t pack_scratch_bytes(Precision precision, int64_t d) {
   return kPanel * row_pitch(packed_words(precision, d)) * 4;
 }
 
-inline void pack_encoder(Precision precision, const float* encoder, const float* latent_bias, int64_t n_latents, int64_t d,
-                         const PackedEncoder& packed, int64_t begin, int64_t end, void* scratch) {
+inline void pack_encoder(Precision precision, const float* encoder, const float* latent_bias, const float* threshold,
+                         int64_t n_latents, int64_t d, const PackedEncoder& packed, int64_t begin, int64_t end,
+                         void* scratch) {
   with_product(precision, [&](auto product) {
-    pack_panels<decltype(product)>(encoder, latent_bias, n_latents, d, packed, begin, end, static_cast<uint32_t*>(scratch));
+    pack_panels<decltype(product)>(encoder, latent_bias, threshold, n_latents, d, packed, begin, end,
+                                   static_cast<uint32_t*>(scratch));
   });
 }
 
@@ -37,6 +39,11 @@ inline int64_t rows_scratch_bytes(const RowsTask& task, int64_t block_rows) {
   return arena.used;
 }
 
+inline void threshold_rows(const RowsTask& task, int64_t begin, int64_t end, void* scratch, RowsStats& stats) {
+  with_product(task.precision,
+               [&](auto product) { process_thresholds<decltype(product)>(task, begin, end, scratch, stats); });
+}
+
 inline void decode_row(const float* decoder, const float* pre_bias, int64_t d, const int64_t* index, const float* value,
                        int64_t count, float* out) {
   memcpy(out, pre_bias, static_cast<size_t>(d) * 4);
@@ -44,6 +51,6 @@ inline void decode_row(const float* decoder, const float* pre_bias, int64_t d, c
 }
 
 const Level kLevel = {MONOSEM_LEVEL_NAME, kPanel,        kHasLow,     packed_words, tile_rows,
-                      pack_encoder,       pack_scratch_bytes, rows,    rows_scratch_bytes, decode_row, column_sums,
+                      pack_encoder,       pack_scratch_bytes, rows,    rows_scratch_bytes, threshold_rows, threshold_row, decode_row, dots, column_sums,
                       spread,             aux_gradients,      aux_scratch_bytes,  latent_gradient,    add_scaled, project,   squared_norm, update_latent,
                       update_values};

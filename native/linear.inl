@@ -42,6 +42,14 @@ inline void prefetch_row(const float* row, int64_t d) {
   for (int64_t t = 0; t < d; t += 16) __builtin_prefetch(row + t, 0, 2);
 }
 
+/// out[j] = row . matrix[index[j]] + plus.
+inline void dots(const float* row, const float* matrix, int64_t d, const int32_t* index, int64_t count, float plus, float* out) {
+  for (int64_t j = 0; j < count; ++j) {
+    if (j + 3 < count) prefetch_row(matrix + index[j + 3] * d, d);
+    out[j] = dot(row, matrix + index[j] * d, d) + plus;
+  }
+}
+
 /// sums += sum_j value[j] matrix[index[j]], in the order of j.
 template <class Index>
 void add_rows(float* sums, const float* matrix, int64_t d, const Index* index, const float* value, int64_t count) {

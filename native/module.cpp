@@ -89,16 +89,54 @@ nb::dict topk_encode(Matrix x, nb::tuple w, int64_t k, const std::string& precis
   return as_dict(stats);
 }
 
+/// A tensor of torch that owns `data`.
+template <class T>
+nb::ndarray<nb::pytorch, T, nb::ndim<2>> owned(std::unique_ptr<T[]> data, size_t rows, size_t columns) {
+  T* raw = data.release();
+  return {raw, {rows, columns}, nb::capsule(raw, [](void* p) noexcept { delete[] static_cast<T*>(p); })};
+}
+
+nb::object threshold_encode(Matrix x, nb::tuple w, Vector threshold, const std::string& precision) {
+  const monosem::Shape shape = batch_shape(w, x);
+  const monosem::Weights arrays = weights(w, shape);
+  if (threshold.shape(0) != static_cast<size_t>(shape.n_latents)) refuse("threshold must be [n_latents]");
+  std::optional<monosem::Exceeding> found;
+  {
+    nb::gil_scoped_release release;
+    found = monosem::threshold_encode(shape, arrays, x.data(), precision_named(precision, shape), threshold.data());
+  }
+  if (!found) return nb::none();
+  const size_t width = static_cast<size_t>(found->width);
+  return nb::make_tuple(owned(std::move(found->index), x.shape(0), width), owned(std::move(found->value), x.shape(0), width));
+}
+
+void check_index(int64_t index, const monosem::Shape& shape) {
+  if (index < 0 || index >= shape.n_latents)
+    refuse("index " + std::to_string(index) + " is outside 0.." + std::to_string(shape.n_latents - 1));
+}
+
 void decode(Indices index, Matrix value, nb::tuple w, Matrix recons) {
   const monosem::Shape shape = batch_shape(w, recons);
   const monosem::Weights arrays = weights(w, shape);
   if (index.shape(0) != recons.shape(0) || value.shape(0) != recons.shape(0) || index.shape(1) != value.shape(1))
     refuse("indices and values must be [batch, k] with one batch and one k");
-  for (size_t j = 0; j < index.size(); ++j)
-    if (index.data()[j] < 0 || index.data()[j] >= shape.n_latents)
-      refuse("index " + std::to_string(index.data()[j]) + " is outside 0.." + std::to_string(shape.n_latents - 1));
+  for (size_t j = 0; j < index.size(); ++j) check_index(index.data()[j], shape);
   nb::gil_scoped_release release;
   monosem::decode(shape, arrays, index.data(), value.data(), static_cast<int64_t>(index.shape(1)), recons.data());
+}
+
+void sparse_gradients(Matrix x, nb::tuple w, Indices index, Matrix value, Matrix d_recons, double d_active,
+                      nb::tuple gradients) {
+  const monosem::Shape shape = batch_shape(w, x);
+  const monosem::Weights arrays = weights(w, shape), out = weights(gradients, shape);
+  if (d_recons.shape(0) != x.shape(0) || d_recons.shape(1) != x.shape(1)) refuse("d_recons must be of the shape of x");
+  if (index.shape(0) != x.shape(0) || value.shape(0) != x.shape(0) || index.shape(1) != value.shape(1))
+    refuse("indices and values must be [batch, k] with the batch of x and one k");
+  for (size_t j = 0; j < index.size(); ++j)
+    if (value.data()[j] > 0) check_index(index.data()[j], shape);
+  nb::gil_scoped_release release;
+  monosem::sparse_gradients(shape, arrays, x.data(), index.data(), value.data(), static_cast<int64_t>(index.shape(1)),
+                            d_recons.data(), d_active, out);
 }
 
 /// The arguments that topk_gradients and topk_step share, checked.
@@ -187,7 +225,11 @@ void set_level(const std::string& name) {
 
 NB_MODULE(_native, m) {
   m.def("topk_encode", &topk_encode, "x"_a, "weights"_a, "k"_a, "precision"_a, "index"_a, "value"_a);
+  m.def("threshold_encode", &threshold_encode, "x"_a, "weights"_a, "threshold"_a, "precision"_a,
+        "Indices and values, or None where they would not be sparse.");
   m.def("decode", &decode, "index"_a, "value"_a, "weights"_a, "recons"_a);
+  m.def("sparse_gradients", &sparse_gradients, "x"_a, "weights"_a, "index"_a, "value"_a, "d_recons"_a, "d_active"_a,
+        "gradients"_a);
   m.def("topk_gradients", &topk_gradients, "x"_a, "weights"_a, "dead"_a, "k"_a, "mse_scale"_a, "auxk"_a, "auxk_coef"_a,
         "precision"_a, "n_fired"_a, "gradients"_a);
   m.def("topk_step", &topk_step, "x"_a, "weights"_a, "dead"_a, "k"_a, "mse_scale"_a, "auxk"_a, "auxk_coef"_a,

@@ -105,8 +105,8 @@ inline int64_t latent_at(const PackedEncoder& packed, int64_t place) {
 }
 
 template <class Product>
-void pack_panels(const float* encoder, const float* latent_bias, int64_t n_latents, int64_t d, const PackedEncoder& packed,
-                 int64_t begin, int64_t end, uint32_t* rows) {
+void pack_panels(const float* encoder, const float* latent_bias, const float* threshold, int64_t n_latents, int64_t d,
+                 const PackedEncoder& packed, int64_t begin, int64_t end, uint32_t* rows) {
   const int64_t steps = Product::words(d), pitch = row_pitch(steps);
   // Each of the two sums (this product's and the canonical one) is within (d + 8) 2^-24 of the exact one, relative to
   // norm times norm; the rest leaves room for the packed row's norm being a little larger, for the rounding of the
@@ -127,8 +127,9 @@ void pack_panels(const float* encoder, const float* latent_bias, int64_t n_laten
       const float* row = encoder + latent * d;
       if (place + 2 < n_latents) prefetch_row(encoder + latent_at(packed, place + 2) * d, d);
       Product::round(row, d, rows + j * pitch, bound);
-      const float slack = __builtin_fabsf(latent_bias[latent]) * 0x1p-21f + 1e-30f;
-      packed.upper_bias[place] = latent_bias[latent] + slack;
+      const float bias = latent_bias[latent], above = threshold ? threshold[latent] : 0.0f;
+      const float slack = (__builtin_fabsf(bias) + above) * 0x1p-21f + 1e-30f;
+      packed.upper_bias[place] = bias - above + slack;
       packed.bias_slack[place] = 2 * slack;
       packed.norm[place] = bound.norm;
       packed.rounding[place] = bound.rounding + summing * (bound.norm + bound.rounding);

@@ -1,5 +1,7 @@
 // One visit of a block of rows: centre, pack, sweep, score the candidates canonically, decode, error, value gradients.
 
+constexpr int64_t kAuxRows = 128;  // rows of AuxK that are visited by latents at a time: they stay in L2
+
 /// Rows a block holds, rounded up to whole tiles.
 inline int64_t whole_tiles(int64_t rows, int64_t tile_rows) { return (rows + tile_rows - 1) / tile_rows * tile_rows; }
 
@@ -21,7 +23,6 @@ struct Arena {
 struct Visit {
   uint32_t row;
   uint32_t slot;  // of the row's candidates, or of its selected latents
-  float value;
 };
 
 /// The visits [begin, end) of one latent.
@@ -39,9 +40,14 @@ struct RowsScratch {
   float* floor;            // [rows] a proven T: the least lower bound of k latents; 0 where fewer than k are active
   Candidates top, aux;
   uint64_t* ranks;         // [largest capacity] keys being selected
-  Visit* visits;           // [rows x largest k]
+  Visit* visits;           // [rows x largest capacity]
   Run* runs;               // [at most N]
   uint32_t* bucket;        // [N + 1]
+  uint32_t* place_of;      // [N] the places of the dead latents
+  uint32_t* slots;         // [rows][auxk] the places of the selected ones
+  float* part;             // [n_dead][kPart]
+  uint64_t* key_at;        // [n_dead]
+  uint64_t* chosen;        // [n_dead / 64, rounded up] a bit a place; zero between rows
 };
 
 inline Candidates take_candidates(Arena& arena, int64_t rows, int64_t k) {
@@ -71,10 +77,15 @@ inline RowsScratch take_scratch(Arena& arena, const RowsTask& task, int64_t step
   s.top = take_candidates(arena, rows, task.k);
   s.aux = take_candidates(arena, rows, task.auxk);
   s.ranks = arena.take<uint64_t>(capacity_for(k));
-  const int64_t n_visits = block_rows * k;
+  const int64_t n_visits = block_rows * capacity_for(k);
   s.visits = arena.take<Visit>(n_visits);
   s.runs = arena.take<Run>(n_visits < task.n_latents ? n_visits : task.n_latents);
   s.bucket = arena.take<uint32_t>(task.n_latents + 1);
+  s.place_of = arena.take<uint32_t>(task.auxk ? task.n_latents : 0);
+  s.slots = arena.take<uint32_t>(block_rows * task.auxk);
+  s.key_at = arena.take<uint64_t>(task.auxk ? task.n_dead : 0);
+  s.chosen = arena.take<uint64_t>(task.auxk ? task.n_dead / 64 + 1 : 0);
+  s.part = arena.take<float>(task.auxk ? task.n_dead * kPart : 0);
   return s;
 }
 
@@ -117,8 +128,8 @@ inline float canonical(const RowsTask& task, const float* centred, int64_t laten
 /// Sorts the pairs (row i, slot j), j < count(i), by `latent(i, j)`, those of one latent by row; returns the number of
 /// runs. Visited so, each row of the encoder or decoder is fetched
 /// once a block, and the block's own rows come from L2.
-template <class Count, class Latent, class Value>
-int64_t order_visits(RowsScratch& s, int64_t n_rows, int64_t n_latents, Count count, Latent latent, Value value) {
+template <class Count, class Latent>
+int64_t order_visits(RowsScratch& s, int64_t n_rows, int64_t n_latents, Count count, Latent latent) {
   memset(s.bucket, 0, static_cast<size_t>(n_latents + 1) * 4);
   for (int64_t i = 0; i < n_rows; ++i)
     for (int64_t j = 0; j < count(i); ++j) ++s.bucket[latent(i, j) + 1];
@@ -130,7 +141,7 @@ int64_t order_visits(RowsScratch& s, int64_t n_rows, int64_t n_latents, Count co
   }
   for (int64_t i = 0; i < n_rows; ++i)
     for (int64_t j = 0; j < count(i); ++j)
-      s.visits[s.bucket[latent(i, j)]++] = {static_cast<uint32_t>(i), static_cast<uint32_t>(j), value(i, j)};
+      s.visits[s.bucket[latent(i, j)]++] = {static_cast<uint32_t>(i), static_cast<uint32_t>(j)};
   return n_runs;
 }
 
@@ -220,17 +231,17 @@ void find_candidates(const RowsTask& task, const Block& block, int64_t n_rows, R
 
 /// Replaces upper bounds by canonical values as far as needed: for the first k candidates of each row, then for what
 /// could still reach the least of those values; the rest is dropped. Candidates lose their order.
-inline void score(const RowsTask& task, const float* centred, int64_t n_rows, Candidates& c, RowsScratch& s, RowsStats& stats) {
-  const auto n_first = [&](int64_t i) { return c.count[i] < c.k ? int64_t{c.count[i]} : c.k; };
-  const int64_t n_runs = order_visits(
-      s, n_rows, task.n_latents, n_first, [&](int64_t i, int64_t j) { return c.index[i * c.capacity + j]; },
-      [](int64_t, int64_t) { return 0.0f; });
+inline void score(const RowsTask& task, const float* centred, int64_t first, int64_t end, Candidates& c, RowsScratch& s,
+                  RowsStats& stats) {
+  const auto n_first = [&](int64_t i) { return c.count[first + i] < c.k ? int64_t{c.count[first + i]} : c.k; };
+  const int64_t n_runs = order_visits(s, end - first, task.n_latents, n_first,
+                                      [&](int64_t i, int64_t j) { return c.index[(first + i) * c.capacity + j]; });
   each_visit(s, n_runs, task.encoder, task.d_model, [&](const float* row, uint32_t latent, const Visit& visit) {
-    c.upper[visit.row * c.capacity + visit.slot] =
-        dot(row, centred + visit.row * task.stride, task.d_model) + task.latent_bias[latent];
+    const int64_t i = first + visit.row;
+    c.upper[i * c.capacity + visit.slot] = dot(row, centred + i * task.stride, task.d_model) + task.latent_bias[latent];
     ++stats.n_rescored;
   });
-  for (int64_t i = 0; i < n_rows; ++i) {
+  for (int64_t i = first; i < end; ++i) {
     if (c.count[i] <= c.k) continue;
     float* value = c.upper + i * c.capacity;
     uint32_t* index = c.index + i * c.capacity;
@@ -335,6 +346,53 @@ inline void finish_row(const RowsTask& task, int64_t row, int64_t i, RowsScratch
   task.squared[row] = squared_norm(residual, d);
 }
 
+/// sums += values of the decoder's rows, for kPart columns that lie together in `part`, in the order of the latents.
+inline void add_parts(float* sums, const float* part, int64_t width, const uint32_t* slot, const float* value, int64_t count) {
+  if (width < kPart) {
+    for (int64_t j = 0; j < count; ++j) add_scaled(sums, value[j], part + slot[j] * kPart, width);
+    return;
+  }
+  constexpr int kVectors = kPart / kLanes;
+  Vec acc[kVectors];
+  for (int v = 0; v < kVectors; ++v) acc[v] = load(sums + v * kLanes);
+  for (int64_t j = 0; j < count; ++j) {
+    const Vec factor = splat(value[j]);
+    const float* row = part + slot[j] * kPart;
+    if (j + 6 < count)
+      for (int v = 0; v < kPart; v += 16) __builtin_prefetch(part + slot[j + 6] * kPart + v);
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) acc[v] = fma(factor, load(row + v * kLanes), acc[v]);
+  }
+  for (int v = 0; v < kVectors; ++v) store(sums + v * kLanes, acc[v]);
+}
+
+/// recons_aux on top of `residual`, by parts of D: the dead latents' part of the decoder fits L2, and a row's sums registers.
+inline void decode_aux(const RowsTask& task, int64_t n_rows, const int32_t* count, const uint32_t* slot, const float* value,
+                       float* residual, RowsScratch& s) {
+  const int64_t d = task.d_model, k = task.auxk;
+  for (int64_t t = 0; t < d; t += kPart) {
+    const int64_t width = d - t < kPart ? d - t : kPart;
+    for (int64_t place = 0; place < task.n_dead; ++place)
+      memcpy(s.part + place * kPart, task.decoder + latent_at(task.packed, place) * d + t, static_cast<size_t>(width) * 4);
+    for (int64_t i = 0; i < n_rows; ++i)
+      add_parts(residual + i * task.stride + t, s.part, width, slot + i * k, value + i * k, count[i]);
+  }
+}
+
+/// Brings the keys of a row's dead latents into the order of their places, so that sums over them have one order.
+inline void order_by_place(RowsScratch& s, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) {
+    const uint32_t place = s.place_of[~static_cast<uint32_t>(s.ranks[j])];
+    s.key_at[place] = s.ranks[j];
+    s.chosen[place / 64] |= uint64_t{1} << place % 64;
+  }
+  int64_t n = 0;
+  for (int64_t word = 0; n < count; ++word) {
+    for (uint64_t bits = s.chosen[word]; bits; bits &= bits - 1) s.ranks[n++] = s.key_at[word * 64 + __builtin_ctzll(bits)];
+    s.chosen[word] = 0;
+  }
+}
+
 /// AuxK for a block: select among the dead, model the error with them, differentiate. A row has hundreds of
 /// dead latents and a dead latent many of the rows, so this goes by latent, where finish_row goes by row.
 inline void finish_aux(const RowsTask& task, int64_t begin, int64_t n_rows, RowsScratch& s, RowsStats& stats) {
@@ -343,27 +401,33 @@ inline void finish_aux(const RowsTask& task, int64_t begin, int64_t n_rows, Rows
   float *value = task.aux_value + begin * k, *d_value = task.aux_d_value + begin * k;
   int32_t *index = task.aux_index + begin * k, *count = task.aux_count + begin;
   RowsStats aux_stats{};
+  for (int64_t place = 0; place < task.n_dead; ++place)
+    s.place_of[latent_at(task.packed, place)] = static_cast<uint32_t>(place);
+  memset(s.chosen, 0, static_cast<size_t>(task.n_dead / 64 + 1) * 8);
   for (int64_t i = 0; i < n_rows; ++i) {
     count[i] = 0;
     if (is_finite(task, s, i)) {
       const float* centred = task.centred + (begin + i) * task.stride;
       count[i] = static_cast<int32_t>(select(task, centred, s.aux, i, task.n_dead, s, aux_stats));
+      order_by_place(s, count[i]);
+      for (int64_t j = 0; j < count[i]; ++j) s.slots[i * k + j] = s.place_of[~static_cast<uint32_t>(s.ranks[j])];
       write_row(s.ranks, count[i], k, index + i * k, value + i * k);
     }
     // recons_aux - (x - recons) starts at -(x - recons), which is the residual.
     memcpy(residual + i * task.stride, task.residual + (begin + i) * task.stride, static_cast<size_t>(task.stride) * 4);
   }
   stats.n_saturated += aux_stats.n_saturated;
-  const int64_t n_runs = order_visits(
-      s, n_rows, task.n_latents, [&](int64_t i) { return count[i]; },
-      [&](int64_t i, int64_t j) { return static_cast<uint32_t>(index[i * k + j]); },
-      [&](int64_t i, int64_t j) { return value[i * k + j]; });
-  each_visit(s, n_runs, task.decoder, d, [&](const float* row, uint32_t, const Visit& visit) {
-    add_scaled(residual + visit.row * task.stride, visit.value, row, d);
-  });
-  each_visit(s, n_runs, task.decoder, d, [&](const float* row, uint32_t, const Visit& visit) {
-    d_value[visit.row * k + visit.slot] = dot(residual + visit.row * task.stride, row, d);
-  });
+  decode_aux(task, n_rows, count, s.slots, value, residual, s);
+  for (int64_t first = 0; first < n_rows; first += kAuxRows) {
+    const int64_t rows = n_rows - first < kAuxRows ? n_rows - first : kAuxRows;
+    const int64_t n_runs = order_visits(
+        s, rows, task.n_latents, [&](int64_t i) { return count[first + i]; },
+        [&](int64_t i, int64_t j) { return static_cast<uint32_t>(index[(first + i) * k + j]); });
+    each_visit(s, n_runs, task.decoder, d, [&](const float* row, uint32_t, const Visit& visit) {
+      const int64_t i = first + visit.row;
+      d_value[i * k + visit.slot] = dot(residual + i * task.stride, row, d);
+    });
+  }
   for (int64_t i = 0; i < n_rows; ++i) task.aux_squared[begin + i] = squared_norm(residual + i * task.stride, d);
 }
 
@@ -386,9 +450,69 @@ void process_rows(const RowsTask& task, int64_t begin, int64_t end, void* scratc
   if (!task.poisoned) find_candidates<Product>(task, block, n_rows, s, start, stats);
   stats.product_ns += now_ns() - started;
   const float* centred = task.centred + begin * task.stride;
-  score(task, centred, n_rows, s.top, s, stats);
+  score(task, centred, 0, n_rows, s.top, s, stats);
   for (int64_t i = 0; i < n_rows; ++i) finish_row(task, begin + i, i, s, stats);
   if (!task.auxk) return;
-  score(task, centred, n_rows, s.aux, s, stats);
+  RowsStats aux_stats{};
+  for (int64_t i = 0; i < n_rows; i += kAuxRows)
+    score(task, centred, i, i + kAuxRows < n_rows ? i + kAuxRows : n_rows, s.aux, s, aux_stats);
   finish_aux(task, begin, n_rows, s, stats);
+}
+
+/// Keys of all values above their thresholds, of one row, latent by latent; with null `ranks` it only counts.
+inline int64_t exceed_exactly(const RowsTask& task, const float* centred, uint64_t* ranks) {
+  int64_t count = 0;
+  for (int64_t latent = 0; latent < task.n_latents; ++latent) {
+    const float value = canonical(task, centred, latent);
+    if (!(value > task.threshold[latent])) continue;
+    if (ranks) ranks[count] = rank_key(value, static_cast<uint32_t>(latent));
+    ++count;
+  }
+  return count;
+}
+
+inline void threshold_row(const RowsTask& task, int64_t row, uint64_t* ranks, int64_t* index, float* value) {
+  const int64_t count = exceed_exactly(task, task.centred + row * task.stride, ranks);
+  sort_falling(ranks, count);
+  for (int64_t j = 0; j < count; ++j) {
+    index[j] = static_cast<int64_t>(~static_cast<uint32_t>(ranks[j]));
+    value[j] = from_bits(static_cast<uint32_t>(ranks[j] >> 32));
+  }
+}
+
+template <class Product>
+void process_thresholds(const RowsTask& task, int64_t begin, int64_t end, void* scratch, RowsStats& stats) {
+  const int64_t steps = Product::words(task.d_model), n_rows = end - begin;
+  Arena arena{static_cast<char*>(scratch)};
+  RowsScratch s = take_scratch(arena, task, steps, Product::kRows, n_rows);
+  s.top.k = INT64_MAX;  // no candidate is ever dropped for others
+  centre_and_pack<Product>(task, begin, end, steps, 0.0f, s);
+  const Block block{&task.packed, s.tiles, s.row_norm, s.row_rounding, s.row_scale,
+                    (task.n_latents + kPanel - 1) / kPanel, steps, 0};
+  const int64_t n_tiles = whole_tiles(n_rows, Product::kRows) / Product::kRows;
+  for (int64_t t = 0; t < n_tiles; ++t) s.which[t] = static_cast<uint32_t>(t);
+  if (!task.poisoned)
+    sweep<Product>(block, s.top, nullptr, s.which, n_tiles, reinterpret_cast<TileSums<Product>*>(s.sums));
+  const float* centred = task.centred + begin * task.stride;
+  score(task, centred, 0, n_rows, s.top, s, stats);
+  for (int64_t i = 0; i < n_rows; ++i) {
+    int32_t* index = task.index + (begin + i) * task.k;
+    float* value = task.value + (begin + i) * task.k;
+    int64_t count = 0;
+    if (!is_finite(task, s, i)) {
+      count = poison(1, task.n_latents, index, value);
+    } else if (s.top.count[i] < 0) {
+      ++stats.n_saturated;
+      count = exceed_exactly(task, centred + i * task.stride, nullptr);
+      if (count <= task.k) exceed_exactly(task, centred + i * task.stride, s.ranks);
+    } else {
+      const int64_t first = i * s.top.capacity;
+      for (int64_t j = first; j < first + s.top.count[i]; ++j)
+        if (s.top.upper[j] > task.threshold[s.top.index[j]]) s.ranks[count++] = rank_key(s.top.upper[j], s.top.index[j]);
+    }
+    task.count[begin + i] = static_cast<int32_t>(count);
+    if (!is_finite(task, s, i) || count > task.k) continue;
+    sort_falling(s.ranks, count);
+    write_row(s.ranks, count, task.k, index, value);
+  }
 }

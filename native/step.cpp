@@ -18,6 +18,7 @@ constexpr double kFired = 1e-3;        // types.FIRED_THRESHOLD
 constexpr int64_t kLatentBlock = 64;   // latents whose contribution to pre_bias is summed apart, whatever the threads
 constexpr int64_t kAuxLatents = 4096;  // latents whose AuxK gradients are held at once
 constexpr int64_t kRowBlock = 256;     // rows of a column sum, likewise
+constexpr int64_t kProbe = 32;         // rows that say whether a batch is sparse
 constexpr int64_t kTileBytes = 640 << 10;  // packed rows of a block: they stay in L2 while the panels pass
 
 /// Where the thresholds of each thread's next block start, as a share of a row's norm: handed on from call to call, among
@@ -40,7 +41,7 @@ class Starts {
 };
 
 struct Workspace {
-  Buffer panels, encoder_terms, offset, places;
+  Buffer panels, encoder_terms, offset, places, threshold;
   Buffer centred, residual, index, value, d_value, count, squared;
   Buffer aux_residual, aux_index, aux_value, aux_d_value, aux_count, aux_squared;
   Buffer starts, pairs, aux_starts, aux_pairs, histogram;
@@ -51,7 +52,7 @@ struct Workspace {
 
   template <class Visit>
   void each(Visit visit) {
-    for (Buffer* b : {&panels, &encoder_terms, &offset, &places, &centred, &residual, &index, &value, &d_value, &count, &squared,
+    for (Buffer* b : {&panels, &encoder_terms, &offset, &places, &threshold, &centred, &residual, &index, &value, &d_value, &count, &squared,
                       &aux_residual, &aux_index, &aux_value, &aux_d_value, &aux_count, &aux_squared, &starts, &pairs,
                       &aux_starts, &aux_pairs, &histogram, &aux_latents, &aux_rank, &aux_encoder, &aux_decoder, &sums,
                       &partial})
@@ -101,7 +102,8 @@ struct Packed {
   bool poisoned;
 };
 
-Packed pack(const Level& l, Precision precision, const Shape& shape, const Weights& w, const uint32_t* places) {
+Packed pack(const Level& l, Precision precision, const Shape& shape, const Weights& w, const uint32_t* places,
+            const float* threshold = nullptr) {
   times = {};
   const Timer timer(times.pack);
   const int64_t n_panels = ceil_div(shape.n_latents, l.panel_latents), n = n_panels * l.panel_latents;
@@ -111,7 +113,7 @@ Packed pack(const Level& l, Precision precision, const Shape& shape, const Weigh
                              terms + 4 * n};
   const int64_t chunk = 4, scratch = l.pack_scratch_bytes(precision, shape.d_model);
   parallel(ceil_div(n_panels, chunk), scratch, [&](int64_t i, char* area) {
-    l.pack_encoder(precision, w.encoder, w.latent_bias, shape.n_latents, shape.d_model, packed, i * chunk,
+    l.pack_encoder(precision, w.encoder, w.latent_bias, threshold, shape.n_latents, shape.d_model, packed, i * chunk,
                    std::min(n_panels, (i + 1) * chunk), area);
   });
   bool finite = true;
@@ -153,14 +155,19 @@ RowsTask selection(const Shape& shape, const Weights& w, const float* x, Precisi
   return task;
 }
 
-RowsStats run_rows(const Level& l, const RowsTask& task) {
-  const Timer timer(times.rows);
+/// Rows of a block: whole tiles that stay in L2 while the panels pass, about as many blocks for each thread.
+int64_t block_rows(const Level& l, const RowsTask& task, int64_t n_rows) {
   const int64_t tile_rows = l.tile_rows(task.precision);
   const int64_t tile_bytes = l.packed_words(task.precision, task.d_model) * 4 * tile_rows;
   const int64_t n_threads = omp_get_max_threads();
   const int64_t most = std::clamp<int64_t>(kTileBytes / tile_bytes, 1, 100) * tile_rows;
-  const int64_t n_blocks = ceil_div(ceil_div(task.n_rows, most), n_threads) * n_threads;
-  const int64_t rows = ceil_div(ceil_div(task.n_rows, n_blocks), tile_rows) * tile_rows;
+  const int64_t n_blocks = ceil_div(ceil_div(n_rows, most), n_threads) * n_threads;
+  return ceil_div(ceil_div(n_rows, n_blocks), tile_rows) * tile_rows;
+}
+
+RowsStats run_rows(const Level& l, const RowsTask& task) {
+  const Timer timer(times.rows);
+  const int64_t n_threads = omp_get_max_threads(), rows = block_rows(l, task, task.n_rows);
   float* starts = workspace.first_thresholds.of(task, n_threads);
   std::vector<RowsStats> stats(static_cast<size_t>(ceil_div(task.n_rows, rows)));
   parallel(static_cast<int64_t>(stats.size()), l.rows_scratch_bytes(task, rows), [&](int64_t i, char* area) {
@@ -180,9 +187,21 @@ RowsStats run_rows(const Level& l, const RowsTask& task) {
   return total;
 }
 
+/// The active latents of each row: slots [start(row), start(row) + count[row]).
+struct Actives {
+  const int64_t* starts;  // [B]; null: k slots a row
+  int64_t k;
+  const int32_t* count;   // [B]
+  const int32_t* index;
+  const float *value, *d_value;
+
+  int64_t start(int64_t row) const { return starts ? starts[row] : row * k; }
+};
+
 /// Counting sort of the active (row, latent) pairs by latent, values times `factor`.
-PairList group_by_latent(const Shape& shape, int64_t k, const int32_t* index, const float* value, const float* d_value,
-                         const int32_t* count, const float* d_recons, double factor, Buffer& starts, Buffer& pairs) {
+PairList group_by_latent(const Shape& shape, const Actives& actives, const float* d_recons, double factor, Buffer& starts,
+                         Buffer& pairs) {
+  const int32_t* index = actives.index;
   const Timer timer(times.group);
   const int64_t n = shape.n_latents, n_parts = std::min<int64_t>(omp_get_max_threads(), 16);
   const auto part = [&](int64_t p) { return shape.batch * p / n_parts; };
@@ -190,7 +209,7 @@ PairList group_by_latent(const Shape& shape, int64_t k, const int32_t* index, co
   int64_t* next = workspace.histogram.take<int64_t>(n_parts * n);
   const auto each = [&](int64_t p, auto visit) {
     for (int64_t row = part(p); row < part(p + 1); ++row)
-      for (int64_t j = row * k; j < row * k + count[row]; ++j) visit(row, j);
+      for (int64_t j = actives.start(row); j < actives.start(row) + actives.count[row]; ++j) visit(row, j);
   };
   parallel(n_parts, 1, [&](int64_t p, char*) {
     std::fill(next + p * n, next + (p + 1) * n, 0);
@@ -206,7 +225,7 @@ PairList group_by_latent(const Shape& shape, int64_t k, const int32_t* index, co
   const float f = static_cast<float>(factor);
   parallel(n_parts, 1, [&](int64_t p, char*) {
     each(p, [&](int64_t row, int64_t j) {
-      sorted[next[p * n + index[j]]++] = {static_cast<uint32_t>(row), value[j] * f, d_value[j] * f};
+      sorted[next[p * n + index[j]]++] = {static_cast<uint32_t>(row), actives.value[j] * f, actives.d_value[j] * f};
     });
   });
   return {start, sorted, d_recons};
@@ -218,12 +237,12 @@ double total(const double* values, int64_t n) {
   return sum;
 }
 
-/// Column sums of the residual, in blocks of rows whose number does not depend on the threads.
-double* column_sums(const Level& l, const RowsTask& task) {
-  const int64_t n_blocks = ceil_div(task.n_rows, kRowBlock), d = task.d_model;
+/// Column sums of a work array over rows, in blocks of rows whose number does not depend on the threads.
+double* column_sums(const Level& l, const Shape& shape, const float* matrix) {
+  const int64_t n_blocks = ceil_div(shape.batch, kRowBlock), d = shape.d_model;
   double* partial = workspace.partial.take<double>(n_blocks * d);
   parallel(n_blocks, 1, [&](int64_t i, char*) {
-    l.column_sums(task.residual, task.stride, d, i * kRowBlock, std::min(task.n_rows, (i + 1) * kRowBlock), partial + i * d);
+    l.column_sums(matrix, padded(d), d, i * kRowBlock, std::min(shape.batch, (i + 1) * kRowBlock), partial + i * d);
   });
   double* sums = workspace.sums.take<double>(d);
   std::fill(sums, sums + d, 0.0);
@@ -333,9 +352,9 @@ Forward forward(const Level& l, const Shape& shape, const Weights& w, const floa
   const double n_elements = static_cast<double>(batch) * static_cast<double>(shape.d_model);
   f.factor = 2 * loss.mse_scale / n_elements;
   f.terms.mse = loss.mse_scale * total(task.squared, batch) / n_elements;
-  f.main = group_by_latent(shape, loss.k, task.index, task.value, task.d_value, task.count, task.residual, f.factor,
+  f.main = group_by_latent(shape, {nullptr, loss.k, task.count, task.index, task.value, task.d_value}, task.residual, f.factor,
                            workspace.starts, workspace.pairs);
-  const double* sums = column_sums(l, task);
+  const double* sums = column_sums(l, shape, task.residual);
   for (int64_t t = 0; t < shape.d_model; ++t) f.d_recons_sums.push_back(sums[t] * f.factor);
   if (task.auxk) {
     const double spread = error_spread(l, task, sums);
@@ -344,8 +363,9 @@ Forward forward(const Level& l, const Shape& shape, const Weights& w, const floa
     f.terms.auxk_dropped = !std::isfinite(f.terms.auxiliary);
     f.has_aux = !f.terms.auxk_dropped;
     if (f.has_aux)
-      f.aux = group_by_latent(shape, task.auxk, task.aux_index, task.aux_value, task.aux_d_value, task.aux_count,
-                              task.aux_residual, 2 * loss.auxk_coef / spread, workspace.aux_starts, workspace.aux_pairs);
+      f.aux = group_by_latent(
+          shape, {nullptr, task.auxk, task.aux_count, task.aux_index, task.aux_value, task.aux_d_value}, task.aux_residual,
+          2 * loss.auxk_coef / spread, workspace.aux_starts, workspace.aux_pairs);
   }
   return f;
 }
@@ -386,9 +406,19 @@ LatentsTask latents_task(const Forward& f, const Weights& w) {
 }
 
 /// d pre_bias = sum of d recons - encoder^T sum of d pre-activations.
-void pre_bias_gradient(const Forward& f, const std::vector<double>& through_encoder, float* gradient) {
+void pre_bias_gradient(const std::vector<double>& d_recons_sums, const std::vector<double>& through_encoder, float* gradient) {
   for (size_t t = 0; t < through_encoder.size(); ++t)
-    gradient[t] = static_cast<float>(f.d_recons_sums[t] - through_encoder[t]);
+    gradient[t] = static_cast<float>(d_recons_sums[t] - through_encoder[t]);
+}
+
+/// Visits every latent's gradient and writes it out; returns what goes through the encoder to pre_bias.
+std::vector<double> write_gradients(const Level& l, const LatentsTask& task, int64_t n_rows, const Weights& gradients) {
+  const int64_t d = task.d_model;
+  return each_gradient(l, task, n_rows, [&](int64_t i, const float* d_encoder, float d_bias, const float* d_decoder) {
+    std::copy(d_encoder, d_encoder + d, gradients.encoder + i * d);
+    std::copy(d_decoder, d_decoder + d, gradients.decoder + i * d);
+    gradients.latent_bias[i] = d_bias;
+  });
 }
 
 /// Projects a latent's decoder gradient; returns the squared norm of its whole gradient.
@@ -410,28 +440,98 @@ RowsStats topk_encode(const Shape& shape, const Weights& w, const float* x, Prec
   return stats;
 }
 
+std::optional<Exceeding> threshold_encode(const Shape& shape, const Weights& w, const float* x, Precision precision,
+                                          const float* threshold) {
+  const Level& l = level();
+  const int64_t most = std::clamp<int64_t>(shape.n_latents / 16, 1, 1024), first = std::min<int64_t>(shape.batch, kProbe);
+  float* positive = workspace.threshold.take<float>(shape.n_latents);
+  for (int64_t i = 0; i < shape.n_latents; ++i) positive[i] = std::max(threshold[i], 0.0f);
+  RowsTask task = selection(shape, w, x, precision, most, pack(l, precision, shape, w, nullptr, positive));
+  task.threshold = positive;
+  const auto run = [&](int64_t begin, int64_t end) {
+    const Timer timer(times.rows);
+    const int64_t rows = end > begin ? block_rows(l, task, end - begin) : 1;
+    std::vector<RowsStats> stats(static_cast<size_t>(ceil_div(end - begin, rows)));
+    parallel(ceil_div(end - begin, rows), l.rows_scratch_bytes(task, rows), [&](int64_t i, char* area) {
+      l.threshold_rows(task, begin + i * rows, std::min(end, begin + (i + 1) * rows), area, stats[static_cast<size_t>(i)]);
+    });
+  };
+  run(0, first);
+  if (std::count_if(task.count, task.count + first, [&](int32_t n) { return n > most; }) * 4 > first) return std::nullopt;
+  run(first, shape.batch);
+
+  Exceeding found{0, nullptr, nullptr};
+  for (int64_t row = 0; row < shape.batch; ++row) found.width = std::max<int64_t>(found.width, task.count[row]);
+  found.index.reset(new int64_t[static_cast<size_t>(shape.batch * found.width)]());
+  found.value.reset(new float[static_cast<size_t>(shape.batch * found.width)]());
+  parallel(shape.batch, shape.n_latents * 8, [&](int64_t row, char* area) {
+    int64_t* index = found.index.get() + row * found.width;
+    float* value = found.value.get() + row * found.width;
+    if (task.count[row] > most) return l.threshold_row(task, row, reinterpret_cast<uint64_t*>(area), index, value);
+    std::copy(task.index + row * most, task.index + row * most + task.count[row], index);
+    std::copy(task.value + row * most, task.value + row * most + task.count[row], value);
+  });
+  return found;
+}
+
 void decode(const Shape& shape, const Weights& w, const int64_t* index, const float* value, int64_t k, float* recons) {
   const Level& l = level();
   parallel(ceil_div(shape.batch, 64), 1, [&](int64_t block, char*) {
-    for (int64_t row = block * 64; row < std::min(shape.batch, (block + 1) * 64); ++row)
-      l.decode_row(w.decoder, w.pre_bias, shape.d_model, index + row * k, value + row * k, k, recons + row * shape.d_model);
+    for (int64_t row = block * 64; row < std::min(shape.batch, (block + 1) * 64); ++row) {
+      int64_t count = k;
+      while (count && value[row * k + count - 1] == 0) --count;
+      l.decode_row(w.decoder, w.pre_bias, shape.d_model, index + row * k, value + row * k, count, recons + row * shape.d_model);
+    }
   });
 }
 
 Terms topk_gradients(const Shape& shape, const Weights& w, const float* x, Precision precision, const Loss& loss,
                      const bool* dead, const Weights& gradients, int64_t* n_fired) {
   const Level& l = level();
-  const int64_t d = shape.d_model;
   Forward f = forward(l, shape, w, x, precision, loss, dead);
   f.terms.n_active = count_fired(f.task, n_fired);
-  const std::vector<double> through_encoder = each_gradient(
-      l, latents_task(f, w), shape.batch, [&](int64_t i, const float* d_encoder, float d_bias, const float* d_decoder) {
-        std::copy(d_encoder, d_encoder + d, gradients.encoder + i * d);
-        std::copy(d_decoder, d_decoder + d, gradients.decoder + i * d);
-        gradients.latent_bias[i] = d_bias;
-      });
-  pre_bias_gradient(f, through_encoder, gradients.pre_bias);
+  const std::vector<double> through_encoder = write_gradients(l, latents_task(f, w), shape.batch, gradients);
+  pre_bias_gradient(f.d_recons_sums, through_encoder, gradients.pre_bias);
   return f.terms;
+}
+
+void sparse_gradients(const Shape& shape, const Weights& w, const float* x, const int64_t* index, const float* value,
+                      int64_t k, const float* d_recons, double d_active, const Weights& gradients) {
+  const Level& l = level();
+  const int64_t batch = shape.batch, d = shape.d_model, stride = padded(d);
+  times = {};
+  float* centred = workspace.centred.take<float>(batch * stride);
+  float* d_rows = workspace.residual.take<float>(batch * stride);
+  int32_t* count = workspace.count.take<int32_t>(batch);
+  parallel(batch, 1, [&](int64_t row, char*) {
+    for (int64_t t = 0; t < d; ++t) centred[row * stride + t] = x[row * d + t] - w.pre_bias[t];
+    std::fill(centred + row * stride + d, centred + (row + 1) * stride, 0.0f);
+    std::copy(d_recons + row * d, d_recons + (row + 1) * d, d_rows + row * stride);
+    std::fill(d_rows + row * stride + d, d_rows + (row + 1) * stride, 0.0f);
+    count[row] = static_cast<int32_t>(std::count_if(value + row * k, value + (row + 1) * k, [](float v) { return v > 0; }));
+  });
+  std::vector<int64_t> starts(static_cast<size_t>(batch) + 1, 0);
+  for (int64_t row = 0; row < batch; ++row)
+    starts[static_cast<size_t>(row) + 1] = starts[static_cast<size_t>(row)] + count[row];
+  int32_t* active = workspace.index.take<int32_t>(starts.back());
+  float* active_value = workspace.value.take<float>(starts.back());
+  float* d_value = workspace.d_value.take<float>(starts.back());
+  parallel(batch, 1, [&](int64_t row, char*) {
+    const int64_t start = starts[static_cast<size_t>(row)];
+    int64_t at = start;
+    for (int64_t j = row * k; j < (row + 1) * k; ++j)
+      if (value[j] > 0) {
+        active[at] = static_cast<int32_t>(index[j]);
+        active_value[at++] = value[j];
+      }
+    l.dots(d_rows + row * stride, w.decoder, d, active + start, count[row], static_cast<float>(d_active), d_value + start);
+  });
+  const PairList pairs = group_by_latent(shape, {starts.data(), 0, count, active, active_value, d_value}, d_rows, 1,
+                                         workspace.starts, workspace.pairs);
+  const double* sums = column_sums(l, shape, d_rows);
+  const std::vector<double> d_recons_sums(sums, sums + d);
+  const LatentsTask task{d, stride, shape.n_latents, centred, &pairs, nullptr, nullptr, nullptr, w.encoder};
+  pre_bias_gradient(d_recons_sums, write_gradients(l, task, batch, gradients), gradients.pre_bias);
 }
 
 StepResult topk_step(const Shape& shape, const Weights& w, const float* x, Precision precision, const Loss& loss,
@@ -449,7 +549,7 @@ StepResult topk_step(const Shape& shape, const Weights& w, const float* x, Preci
         l.update_latent(update, i, d_encoder, d_bias, d_decoder, 1.0f);
       });
   std::vector<float> d_pre_bias(static_cast<size_t>(d));
-  pre_bias_gradient(f, through_encoder, d_pre_bias.data());
+  pre_bias_gradient(f.d_recons_sums, through_encoder, d_pre_bias.data());
   const double norm = std::sqrt(total(squares.data(), n_blocks) + l.squared_norm(d_pre_bias.data(), d));
   l.update_values(update, w.pre_bias, first.pre_bias, second.pre_bias, average.pre_bias, d_pre_bias.data(), d, 1.0f);
   return {f.terms, norm};

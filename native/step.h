@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <optional>
 
 #include "level.h"
 
@@ -47,9 +49,21 @@ bool set_level(const char* name);
 const char* const* level_names();
 
 RowsStats topk_encode(const Shape&, const Weights&, const float* x, Precision, int64_t k, int64_t* index, float* value);
+/// All pre-activations above max(threshold, 0), a row of `width` slots each by falling value, 0 behind them. Nothing where
+/// it would not be sparse: more than a quarter of the first rows have above a sixteenth of the latents (or above 1,024).
+struct Exceeding {
+  int64_t width;
+  std::unique_ptr<int64_t[]> index;
+  std::unique_ptr<float[]> value;
+};
+std::optional<Exceeding> threshold_encode(const Shape&, const Weights&, const float* x, Precision, const float* threshold);
 void decode(const Shape&, const Weights&, const int64_t* index, const float* value, int64_t k, float* recons);
 Terms topk_gradients(const Shape&, const Weights&, const float* x, Precision, const Loss&, const bool* dead,
                      const Weights& gradients, int64_t* n_fired);
+/// Gradients of a loss through `recons` = decode(latents), whose gradient by recons is `d_recons` [B, D], and of
+/// d_active times the sum of the active values. Slots whose value is not positive are skipped, whatever their index.
+void sparse_gradients(const Shape&, const Weights&, const float* x, const int64_t* index, const float* value, int64_t k,
+                      const float* d_recons, double d_active, const Weights& gradients);
 /// Returns the gradient's norm; `gradients` are used up. `average` has null pointers when it is off.
 double apply_update(const Shape&, const Weights&, const Weights& gradients, const Weights& first, const Weights& second,
                     const Weights& average, const Update&);

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from monosem import _native
+from monosem.kernels import torch_sparse
 from monosem.kernels.reference import BETA1, BETA2, EPSILON
-from monosem.kernels.torch_sparse import relu_encode, relu_gradients, sparse_gradients, threshold_encode
-from monosem.types import LossSpec, OptimizerState, SparseLatents, StepGradients, UpdateSpec, Weights
+from monosem.types import FIRED_THRESHOLD, LossSpec, OptimizerState, SparseLatents, StepGradients, UpdateSpec, Weights
 
 __all__ = [
     "apply_update",
@@ -56,6 +56,35 @@ def topk_encode(
     return SparseLatents(indices, values, len(weights.latent_bias))
 
 
+def relu_encode(x_BD: Float[Tensor, "batch d_model"], weights: Weights) -> SparseLatents:
+    """As `reference.relu_encode`."""
+    return threshold_encode(x_BD, weights, torch.zeros_like(weights.latent_bias))
+
+
+def threshold_encode(
+    x_BD: Float[Tensor, "batch d_model"],
+    weights: Weights,
+    threshold_N: Float[Tensor, " n_latents"],
+    precision: str = "auto",
+) -> SparseLatents:
+    """As `reference.threshold_encode`, out of the same sweep as the top k; dense in torch where too much is above."""
+    latents = _sparse_threshold_encode(x_BD, weights, threshold_N, precision)
+    return torch_sparse.threshold_encode(x_BD, weights, threshold_N) if latents is None else latents
+
+
+def _sparse_threshold_encode(
+    x_BD: Tensor, weights: Weights, threshold_N: Tensor, precision: str
+) -> SparseLatents | None:
+    """None where more than 1 in 16 latents is above its threshold on many of the first tokens."""
+    x_BD, weights = _rows("x", x_BD), _readable(weights)
+    _check_kind("threshold", threshold_N)
+    found = _native.threshold_encode(x_BD, weights, threshold_N.detach().contiguous(), _checked_precision(precision))
+    if found is None:
+        return None
+    indices, values = found
+    return SparseLatents(indices, values, len(weights.latent_bias))
+
+
 def decode(latents: SparseLatents, weights: Weights) -> Float[Tensor, "batch d_model"]:
     """As `reference.decode`, reading only the active latents' rows of the decoder."""
     weights = _readable(weights)
@@ -63,6 +92,23 @@ def decode(latents: SparseLatents, weights: Weights) -> Float[Tensor, "batch d_m
     recons = torch.empty(len(values), len(weights.pre_bias))
     _native.decode(latents.indices.detach().to(torch.int64).contiguous(), values, weights, recons)
     return recons
+
+
+def sparse_gradients(
+    x_BD: Float[Tensor, "batch d_model"],
+    weights: Weights,
+    latents: SparseLatents,
+    d_recons_BD: Float[Tensor, "batch d_model"],
+    d_active: float = 0.0,
+) -> Weights:
+    """As `reference.sparse_gradients`: one visit of each latent, in registers, over the tokens where it is active."""
+    weights = _readable(weights)
+    gradients = Weights(*(torch.empty_like(w) for w in weights))
+    values, indices = _rows("values", latents.values), latents.indices.detach().to(torch.int64).contiguous()
+    _native.sparse_gradients(
+        _rows("x", x_BD), weights, indices, values, _rows("d_recons", d_recons_BD), d_active, gradients
+    )
+    return gradients
 
 
 def topk_gradients(
@@ -74,6 +120,29 @@ def topk_gradients(
     n_fired = torch.empty(len(weights.latent_bias), dtype=torch.int64)
     terms = _native.topk_gradients(x_BD, weights, dead_N.contiguous(), *_loss_arguments(spec), n_fired, gradients)
     return _step(spec, gradients, terms, n_fired, len(x_BD))
+
+
+def relu_gradients(x_BD: Float[Tensor, "batch d_model"], weights: Weights, spec: LossSpec) -> StepGradients:
+    """As `reference.relu_gradients`: sparse where few latents are active, else the dense products of torch.
+
+    Which of the two depends on x and the weights alone. ReLU latents start half active and end with a few hundred.
+    """
+    latents = _sparse_threshold_encode(x_BD, weights, torch.zeros_like(weights.latent_bias), spec.precision)
+    if latents is None:
+        return torch_sparse.relu_gradients(x_BD, weights, spec)
+    error_BD = decode(latents, weights) - x_BD
+    d_recons_BD = error_BD * (2 * spec.mse_scale / x_BD.numel())
+    mse, l1 = spec.mse_scale * error_BD.square().mean(), latents.values.sum() / len(x_BD)
+    fired = latents.indices[latents.values > FIRED_THRESHOLD]
+    return StepGradients(
+        gradients=sparse_gradients(x_BD, weights, latents, d_recons_BD, spec.l1_coef / len(x_BD)),
+        loss=mse + spec.l1_coef * l1,
+        mse=mse,
+        auxiliary=l1,
+        auxk_dropped=torch.zeros((), dtype=torch.bool),
+        n_fired=torch.bincount(fired, minlength=latents.n_latents),
+        l0=(latents.values > 0).sum(1).float().mean(),
+    )
 
 
 def topk_step(

@@ -49,7 +49,7 @@ def threshold_encode(
 ) -> SparseLatents:
     """Every pre-activation above max(threshold, 0), by falling value; k is the most of them on one token."""
     pre_BN = pre_activations(x_BD, weights)
-    values_BN = torch.where(pre_BN > threshold_N.clamp(min=0), pre_BN, 0)
+    values_BN = pre_BN.masked_fill(pre_BN <= threshold_N.clamp(min=0), 0)
     n_active = int((values_BN > 0).sum(1).max()) if len(x_BD) else 0
     values, indices = values_BN.sort(dim=1, descending=True, stable=True)
     return SparseLatents(indices[:, :n_active], values[:, :n_active], len(weights.latent_bias))
