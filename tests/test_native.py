@@ -252,7 +252,7 @@ def test_the_selecting_precision_changes_no_bit_of_threshold_encode() -> None:
 def test_relu_gradients_err_no_more_than_dense_torch(shape: tuple[int, int, int], shift: float) -> None:
     w, x = make_case(*shape)
     w = w._replace(latent_bias=w.latent_bias + shift)
-    spec = LossSpec(k=1, mse_scale=0.7, l1_coef=0.05)
+    spec = LossSpec(k=1, mse_scale=0.7, sparsity_coef=0.05)
     ours, dense = native.relu_gradients(x, w, spec), reference.relu_gradients(x, w, spec)
     truth = reference.relu_gradients(x.double(), double(w), spec)
     size = max(g.norm() for g in truth.gradients)

@@ -90,8 +90,12 @@ class Wrapped(Autoencoder):
         raw = raw.float()
         return raw, NormStats(torch.zeros_like(raw[..., :1]), torch.ones_like(raw[..., :1]))
 
-    def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
-        """The module's active latents, the largest first. `ValueError` when one is negative."""
+    def encode(
+        self, x: Float[Tensor, "batch d_model"], *, k: int | None = None, threshold: float | None = None
+    ) -> SparseLatents:
+        """The module's active latents, the largest first. `ValueError` when one is negative, or for k or threshold."""
+        if k is not None or threshold is not None:
+            raise ValueError(f"k={k}, threshold={threshold} have no meaning for a wrapped {type(self.module).__name__}")
         parts = [_sparse(self.module, part, self.config.n_latents) for part in x.split(_ROWS_AT_ONCE)]
         width = max(indices.shape[1] for indices, _ in parts)
         indices, values = (

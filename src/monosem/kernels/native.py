@@ -135,8 +135,8 @@ def relu_gradients(x_BD: Float[Tensor, "batch d_model"], weights: Weights, spec:
     mse, l1 = spec.mse_scale * error_BD.square().mean(), latents.values.sum() / len(x_BD)
     fired = latents.indices[latents.values > FIRED_THRESHOLD]
     return StepGradients(
-        gradients=sparse_gradients(x_BD, weights, latents, d_recons_BD, spec.l1_coef / len(x_BD)),
-        loss=mse + spec.l1_coef * l1,
+        gradients=sparse_gradients(x_BD, weights, latents, d_recons_BD, spec.sparsity_coef / len(x_BD)),
+        loss=mse + spec.sparsity_coef * l1,
         mse=mse,
         auxiliary=l1,
         auxk_dropped=torch.zeros((), dtype=torch.bool),
