@@ -39,7 +39,7 @@ inline void add_part(float* sums, float factor, const float* row, int64_t n) {
 }
 
 inline void prefetch_row(const float* row, int64_t d) {
-  for (int64_t t = 0; t < d; t += 16) __builtin_prefetch(row + t, 0, 2);
+  for (int64_t t = 0; t < d; t += 16) __builtin_prefetch(row + t, 0, 3);
 }
 
 /// out[j] = row . matrix[index[j]] + plus.
