@@ -8,6 +8,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include <thread>
 #include <vector>
@@ -73,6 +74,8 @@ AMX_LOOP(int8_amx, "tdpbssd")
 
 /// Whether there are matrix tiles, and the kernel lets this process use them.
 bool amx_is_allowed() {
+  const char* level = std::getenv("MONOSEM_NATIVE_LEVEL");  // a level forced below AMX has a floor below it too
+  if (level != nullptr && std::strcmp(level, "amx") != 0) return false;
   constexpr unsigned kAll = 1u << 22 | 1u << 24 | 1u << 25;  // amx-bf16, amx-tile, amx-int8
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAll) == kAll && syscall(SYS_arch_prctl, 0x1023, 18) == 0;

@@ -85,6 +85,20 @@ def speed() -> str:
     return markdown(head, [[name, *(by_size[size] for size in sizes)] for name, by_size in cells.items()])
 
 
+def floors() -> str:
+    """Share of the floor and cost of AuxK of our compiled steps, by the instructions that they may use."""
+    levels = {"AMX": BENCHMARK, "AVX-512 (forced)": BENCHMARK.parent / "avx512" / BENCHMARK.name}
+    rows = []
+    for level, path in levels.items():
+        with open(path, newline="") as file:
+            found = [r for r in csv.DictReader(file) if r["impl"].startswith("native") and r["n_latents"] == "16384"]
+        for r in found:
+            cost = f"+{100 * float(r['cost_of_variant']):.0f}%" if r["cost_of_variant"] else ""
+            floor = f"{float(r['floor_ms']):.0f}", f"{100 * float(r['fraction_of_floor']):.0f}%"
+            rows.append([level, r["impl"], f"{float(r['ms_median']):.0f}", *floor, cost])
+    return markdown(["instructions", "", "ms a step", "floor, ms", "share of the floor", "over the plain step"], rows)
+
+
 def runs(group: str) -> list[Row]:
     with open(RESULTS / "runs.csv", newline="") as file:
         return [row for row in csv.DictReader(file) if row["group"] == group]
@@ -169,6 +183,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "seconds": seconds,
     "speed": speed,
+    "floors": floors,
     "learning_rates": learning_rates,
     "dead": dead,
     "impl": impl,
