@@ -3,7 +3,7 @@
 //   peak THREADS    a worker (see workers.py): for each line on stdin, one line of JSON on stdout with operations a
 //                   second of all threads together, for the widest instruction of each kind that the CPU has
 //
-// A multiply-add is two operations. fp32: vfmadd231ps; bf16: vdpbf16ps; int8: vpdpbusd.
+// A multiply-add is two operations. fp32: vfmadd231ps; bf16: tdpbf16ps or vdpbf16ps; int8: tdpbssd or vpdpbusd.
 #include <time.h>
 
 #include <cstdio>
@@ -11,6 +11,12 @@
 #include <string>
 #include <thread>
 #include <vector>
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -45,6 +51,38 @@ LOOP(int8_avx512, CLEAR_ALL_ZMM, TEN(ZMM, "vpdpbusd") TEN_MORE(ZMM, "vpdpbusd"))
 LOOP(fp32_avx2, CLEAR_ALL_YMM, TEN(YMM, "vfmadd231ps") TEN(YMM, "vfmadd231ps"))
 #endif
 
+#if defined(__x86_64__) && defined(__linux__)
+// Matrix tiles of 16 rows x 64 bytes: 0 to 3 accumulate, 4 and 5 are multiplied.
+#define TILES(op) op " %%tmm5, %%tmm4, %%tmm0\n" op " %%tmm5, %%tmm4, %%tmm1\n" op " %%tmm5, %%tmm4, %%tmm2\n" op " %%tmm5, %%tmm4, %%tmm3\n"
+#define AMX_LOOP(name, op)                                                                                           \
+  void name(long turns) {                                                                                            \
+    alignas(64) struct {                                                                                             \
+      unsigned char palette = 1, start_row = 0, reserved[14] = {};                                                   \
+      unsigned short row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};                                               \
+      unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};                                                     \
+    } config;                                                                                                        \
+    asm volatile("ldtilecfg %1\n"                                                                                   \
+                 "tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n tilezero %%tmm3\n tilezero %%tmm4\n tilezero %%tmm5\n"   \
+                 "1:\n" TILES(op) TILES(op) TILES(op) TILES(op) TILES(op) "dec %0\n jnz 1b\n tilerelease\n"          \
+                 : "+r"(turns)                                                                                       \
+                 : "m"(config)                                                                                       \
+                 : "cc");                                                                                            \
+  }
+AMX_LOOP(bf16_amx, "tdpbf16ps")
+AMX_LOOP(int8_amx, "tdpbssd")
+
+/// Whether there are matrix tiles, and the kernel lets this process use them.
+bool amx_is_allowed() {
+  constexpr unsigned kAll = 1u << 22 | 1u << 24 | 1u << 25;  // amx-bf16, amx-tile, amx-int8
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAll) == kAll && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+#else
+bool amx_is_allowed() { return false; }
+void bf16_amx(long) {}
+void int8_amx(long) {}
+#endif
+
 struct Kind {
   const char* name;
   void (*loop)(long turns);
@@ -57,6 +95,11 @@ std::vector<Kind> kinds() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f")) {
     found.push_back({"fp32", fp32_avx512, 2 * 16});
+    if (amx_is_allowed()) {
+      found.push_back({"bf16", bf16_amx, 2 * 16 * 16 * 32});
+      found.push_back({"int8", int8_amx, 2 * 16 * 16 * 64});
+      return found;
+    }
     if (__builtin_cpu_supports("avx512bf16")) found.push_back({"bf16", bf16_avx512, 2 * 32});
     if (__builtin_cpu_supports("avx512vnni")) found.push_back({"int8", int8_avx512, 2 * 64});
   } else if (__builtin_cpu_supports("fma")) {

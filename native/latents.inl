@@ -91,7 +91,12 @@ inline void aux_gradients(const AuxTask& task, int64_t t, void* scratch) {
       memcpy(d_recons + (row - first) * kPart, task.list->d_recons + row * task.stride + t, static_cast<size_t>(width) * 4);
     }
     for (int64_t j = 0; j < task.count; ++j) {
-      if (j + 4 < task.count) prefetch_row(reinterpret_cast<const float*>(task.list->pairs + next[j + 4]), kPart);
+      if (j + 4 < task.count) {
+        const int64_t ahead = (j + 4) * task.stride + t;
+        prefetch_row(reinterpret_cast<const float*>(task.list->pairs + next[j + 4]), 2 * kPart);
+        prefetch_row(task.d_encoder + ahead, width);
+        prefetch_row(task.d_decoder + ahead, width);
+      }
       const Pair* pairs = task.list->pairs + next[j];
       const int64_t left = task.list->start[task.latents[j] + 1] - next[j];
       int64_t count = 0;

@@ -27,8 +27,8 @@ struct Bf16Product : Bf16Rows<1> {
 
   static inline void convert(Vec (&)[kRows][2], const PackedEncoder&, int64_t, const float*) {}
 
-  static inline __attribute__((always_inline)) void multiply(const uint32_t* tile, const uint32_t* panel, int64_t steps,
-                                                              Vec (&sums)[kRows][2], bool resumes) {
+  static __attribute__((noinline)) void multiply(const uint32_t* tile, const uint32_t* panel, int64_t steps,
+                                                 Vec (&sums)[kRows][2], bool resumes) {
     __m512 acc[kRows][2];
     begin_sums(acc, sums, resumes);
     for (int64_t s = 0; s < steps; ++s, tile += kRows, panel += kPanel) {
@@ -54,8 +54,8 @@ struct Int8Product : Int8Rows<1> {
     interleave<kRows>(rows, pitch, steps, 0x80808080, out);
   }
 
-  static inline __attribute__((always_inline)) void multiply(const uint32_t* tile, const uint32_t* panel, int64_t steps,
-                                                              Vec (&sums)[kRows][2], bool resumes) {
+  static __attribute__((noinline)) void multiply(const uint32_t* tile, const uint32_t* panel, int64_t steps,
+                                                 Vec (&sums)[kRows][2], bool resumes) {
     __m512i acc[kRows][2];
     begin_sums(acc, sums, resumes);
     for (int64_t s = 0; s < steps; ++s, tile += kRows, panel += kPanel) {

@@ -15,6 +15,33 @@ __attribute__((noinline)) float dot(const float* a, const float* b, int64_t d) {
   return sum((s0 + s1) + (s2 + s3));
 }
 
+struct Dots {
+  float first, second;
+};
+
+/// Two canonical dot products with one row, to the bit, for three quarters of the loads.
+__attribute__((noinline)) Dots two_dots(const float* row, const float* a, const float* b, int64_t d) {
+  Vec s0{}, s1{}, s2{}, s3{}, t0{}, t1{}, t2{}, t3{};
+  const auto add = [&](int64_t at, Vec& s, Vec& t) {
+    const Vec w = load(row + at);
+    s = fma(load(a + at), w, s);
+    t = fma(load(b + at), w, t);
+  };
+  int64_t t = 0;
+  for (; t + 4 * kLanes <= d; t += 4 * kLanes) {
+    add(t, s0, t0);
+    add(t + kLanes, s1, t1);
+    add(t + 2 * kLanes, s2, t2);
+    add(t + 3 * kLanes, s3, t3);
+  }
+  each_vector(d - t, [&](int64_t u, auto at) {
+    const Vec w = at.load(row + t + u);
+    s0 = fma(at.load(a + t + u), w, s0);
+    t0 = fma(at.load(b + t + u), w, t0);
+  });
+  return {sum((s0 + s1) + (s2 + s3)), sum((t0 + t1) + (t2 + t3))};
+}
+
 inline double squared_norm(const float* a, int64_t d) {
   double total = 0;
   for (int64_t t = 0; t < d; t += 4096) {
@@ -39,7 +66,7 @@ inline void add_part(float* sums, float factor, const float* row, int64_t n) {
 }
 
 inline void prefetch_row(const float* row, int64_t d) {
-  for (int64_t t = 0; t < d; t += 16) __builtin_prefetch(row + t, 0, 2);
+  for (int64_t t = 0; t < d; t += 16) __builtin_prefetch(row + t, 0, 3);
 }
 
 /// out[j] = row . matrix[index[j]] + plus.

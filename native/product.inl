@@ -81,8 +81,8 @@ struct Fp32Product {
 
   static inline void convert(Vec (&)[kRows][2], const PackedEncoder&, int64_t, const float*) {}
 
-  static inline __attribute__((always_inline)) void multiply(const uint32_t* tile, const uint32_t* panel, int64_t steps,
-                                                              Vec (&sums)[kRows][2], bool resumes) {
+  static __attribute__((noinline)) void multiply(const uint32_t* tile, const uint32_t* panel, int64_t steps,
+                                                 Vec (&sums)[kRows][2], bool resumes) {
     Vec acc[kRows][2];
     begin_sums(acc, sums, resumes);
     const float* x = reinterpret_cast<const float*>(tile);

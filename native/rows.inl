@@ -145,13 +145,23 @@ int64_t order_visits(RowsScratch& s, int64_t n_rows, int64_t n_latents, Count co
   return n_runs;
 }
 
-/// visit(row of `matrix`, latent, pair) for every pair, latent by latent, with the rows that come next on their way.
-template <class Body>
-inline void each_visit(const RowsScratch& s, int64_t n_runs, const float* matrix, int64_t d, Body visit) {
+/// take(visit, latent, rows[visit.row] . matrix[latent]) for every visit, latent by latent, two rows at a time, with the
+/// latents that come next on their way.
+template <class Take>
+inline void each_dot(const RowsScratch& s, int64_t n_runs, const float* matrix, const float* rows, int64_t stride, int64_t d,
+                     Take take) {
   for (int64_t r = 0; r < n_runs; ++r) {
     if (r + 3 < n_runs) prefetch_row(matrix + s.runs[r + 3].latent * d, d);
-    const uint32_t latent = s.runs[r].latent;
-    for (uint32_t v = s.runs[r].begin; v < s.runs[r].end; ++v) visit(matrix + latent * d, latent, s.visits[v]);
+    const auto [latent, begin, end] = s.runs[r];
+    const float* row = matrix + latent * d;
+    uint32_t v = begin;
+    for (; v + 2 <= end; v += 2) {
+      const Visit one = s.visits[v], two = s.visits[v + 1];
+      const Dots both = two_dots(row, rows + one.row * stride, rows + two.row * stride, d);
+      take(one, latent, both.first);
+      take(two, latent, both.second);
+    }
+    if (v < end) take(s.visits[v], latent, dot(row, rows + s.visits[v].row * stride, d));
   }
 }
 
@@ -233,14 +243,19 @@ void find_candidates(const RowsTask& task, const Block& block, int64_t n_rows, R
 /// could still reach the least of those values; the rest is dropped. Candidates lose their order.
 inline void score(const RowsTask& task, const float* centred, int64_t first, int64_t end, Candidates& c, RowsScratch& s,
                   RowsStats& stats) {
-  const auto n_first = [&](int64_t i) { return c.count[first + i] < c.k ? int64_t{c.count[first + i]} : c.k; };
-  const int64_t n_runs = order_visits(s, end - first, task.n_latents, n_first,
-                                      [&](int64_t i, int64_t j) { return c.index[(first + i) * c.capacity + j]; });
-  each_visit(s, n_runs, task.encoder, task.d_model, [&](const float* row, uint32_t latent, const Visit& visit) {
-    const int64_t i = first + visit.row;
-    c.upper[i * c.capacity + visit.slot] = dot(row, centred + i * task.stride, task.d_model) + task.latent_bias[latent];
-    ++stats.n_rescored;
-  });
+  const int64_t n_rows = end - first;
+  const auto count = [&](int64_t i) { return int64_t{c.count[first + i]}; };
+  const auto score_slots = [&](int64_t from, auto n_slots) {  // n_slots(i) slots of each row, from `from` on
+    const int64_t n_runs = order_visits(s, n_rows, task.n_latents, n_slots, [&](int64_t i, int64_t j) {
+      return c.index[(first + i) * c.capacity + from + j];
+    });
+    each_dot(s, n_runs, task.encoder, centred + first * task.stride, task.stride, task.d_model,
+             [&](const Visit& visit, uint32_t latent, float value) {
+               c.upper[(first + visit.row) * c.capacity + from + visit.slot] = value + task.latent_bias[latent];
+               ++stats.n_rescored;
+             });
+  };
+  score_slots(0, [&](int64_t i) { return count(i) < c.k ? count(i) : c.k; });
   for (int64_t i = first; i < end; ++i) {
     if (c.count[i] <= c.k) continue;
     float* value = c.upper + i * c.capacity;
@@ -248,14 +263,11 @@ inline void score(const RowsTask& task, const float* centred, int64_t first, int
     float to_beat = __builtin_inff();
     for (int64_t j = 0; j < c.k; ++j) to_beat = value[j] < to_beat ? value[j] : to_beat;
     int64_t kept = c.k;
-    for (int64_t j = c.k; j < c.count[i]; ++j) {
-      if (value[j] < to_beat) continue;
-      index[kept] = index[j];
-      value[kept++] = canonical(task, centred + i * task.stride, index[j]);
-    }
-    stats.n_rescored += kept - c.k;
+    for (int64_t j = c.k; j < c.count[i]; ++j)
+      if (!(value[j] < to_beat)) index[kept++] = index[j];
     c.count[i] = static_cast<int32_t>(kept);
   }
+  score_slots(c.k, [&](int64_t i) { return count(i) > c.k ? count(i) - c.k : 0; });
 }
 
 /// Keys of the top k of the latents at the first places by canonical values alone, for a row whose candidates saturated their buffer.
@@ -423,10 +435,8 @@ inline void finish_aux(const RowsTask& task, int64_t begin, int64_t n_rows, Rows
     const int64_t n_runs = order_visits(
         s, rows, task.n_latents, [&](int64_t i) { return count[first + i]; },
         [&](int64_t i, int64_t j) { return static_cast<uint32_t>(index[(first + i) * k + j]); });
-    each_visit(s, n_runs, task.decoder, d, [&](const float* row, uint32_t, const Visit& visit) {
-      const int64_t i = first + visit.row;
-      d_value[i * k + visit.slot] = dot(residual + i * task.stride, row, d);
-    });
+    each_dot(s, n_runs, task.decoder, residual + first * task.stride, task.stride, d,
+             [&](const Visit& visit, uint32_t, float value) { d_value[(first + visit.row) * k + visit.slot] = value; });
   }
   for (int64_t i = 0; i < n_rows; ++i) task.aux_squared[begin + i] = squared_norm(residual + i * task.stride, d);
 }

@@ -19,7 +19,7 @@ constexpr int64_t kLatentBlock = 64;   // latents whose contribution to pre_bias
 constexpr int64_t kAuxLatents = 4096;  // latents whose AuxK gradients are held at once
 constexpr int64_t kRowBlock = 256;     // rows of a column sum, likewise
 constexpr int64_t kProbe = 32;         // rows that say whether a batch is sparse
-constexpr int64_t kTileBytes = 640 << 10;  // packed rows of a block: they stay in L2 while the panels pass
+constexpr int64_t kTileBytes = 768 << 10;  // packed rows of a block: they stay in L2 while the panels pass
 
 /// Where the thresholds of each thread's next block start, as a share of a row's norm: handed on from call to call, among
 /// calls of the same kind. Only the time that a call takes depends on it.

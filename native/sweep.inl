@@ -151,7 +151,7 @@ void sweep(const Block& block, Candidates& top, Candidates* aux, const uint32_t*
       const uint32_t* next = panel + n_steps * kPanel;
       const int64_t share = (n_steps * kPanel / n_tiles + 15) / 16 * 16;
       for (int64_t i = 0; i < n_tiles; ++i) {
-        for (int64_t word = i * share; word < (i + 1) * share; word += 16) __builtin_prefetch(next + word, 0, 2);
+        for (int64_t word = i * share; word < (i + 1) * share; word += 16) __builtin_prefetch(next + word, 0, 3);
         const uint32_t* tile = block.tiles + (which[i] * block.steps + step) * kRows;
         Product::multiply(tile, panel, n_steps, sums[i].of, step > 0);
         if (ends) compare<Product>(block, bounds, top, aux, which[i], p * kPanel, sums[i].of);

@@ -63,7 +63,8 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or "CI" in os.environ), reason="torch.compile needs a C++ compiler")
-def test_compiled_activations_err_no_more_than_plain_ones(tiny_model: Path) -> None:
+def test_compiled_activations_err_no_more_than_plain_ones(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")  # another test may have imported distutils already
     plain, exact = (Subject.load(str(tiny_model), dtype=dtype, device="cpu") for dtype in ("bfloat16", "float32"))
     site = plain.site(2)
     truth = exact.capture(tokens(), site)

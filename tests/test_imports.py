@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("step", "subject", "tokens", "convert"),
     ("checkpoint", "activations", "n2g"),
     ("stream", "run_folder"),
-    ("training", "evals", "scaling"),
+    ("training", "evals", "scaling", "explanations"),
     ("sweeps", "main_job"),
     ("cli",),
     ("__main__",),

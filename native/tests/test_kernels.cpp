@@ -128,6 +128,53 @@ void expect_near(const char* what, const Case& c, const std::vector<float>& ours
   if (!(std::sqrt(error) <= 1e-5 * std::sqrt(size) + 1e-7)) fail(what, c);
 }
 
+/// Without AuxK, the gradients of the step come out of its latents as well; slots of value 0 have indices from nowhere.
+void check_sparse_gradients(const Case& c, const Arrays& w, const std::vector<float>& x, std::vector<int64_t> index,
+                            const std::vector<float>& value, const std::vector<float>& recons) {
+  for (size_t j = 0; j < index.size(); ++j)
+    if (value[j] == 0) index[j] = int64_t{1} << 40;
+  std::vector<float> d_recons(x.size());
+  const double factor = 2 * c.loss.mse_scale / static_cast<double>(x.size());
+  for (size_t j = 0; j < x.size(); ++j) d_recons[j] = static_cast<float>(factor * (double{recons[j]} - x[j]));
+  Arrays gradients(c.shape.n_latents, c.shape.d_model, NAN), weights = w;
+  sparse_gradients(c.shape, weights.view(), x.data(), index.data(), value.data(), c.loss.k, d_recons.data(), 0,
+                   gradients.view());
+  Case plain = c;
+  plain.loss.auxk = 0;
+  const Truth truth(plain, w, x, {});
+  expect_near("encoder gradient of given latents", c, gradients.encoder, truth.encoder);
+  expect_near("latent_bias gradient of given latents", c, gradients.latent_bias, truth.latent_bias);
+  expect_near("decoder gradient of given latents", c, gradients.decoder, truth.decoder);
+  expect_near("pre_bias gradient of given latents", c, gradients.pre_bias, truth.pre_bias);
+}
+
+/// Everything above the thresholds comes out, and nothing else, up to what fp32 cannot tell.
+void check_thresholds(const Case& c, const Arrays& w, const std::vector<float>& x, Precision precision, float low) {
+  const auto [batch, d, n] = c.shape;
+  std::vector<float> threshold(static_cast<size_t>(n));
+  for (size_t i = 0; i < threshold.size(); ++i) threshold[i] = low + static_cast<float>(i % 5) - 1;
+  Arrays weights = w;
+  const auto found = threshold_encode(c.shape, weights.view(), x.data(), precision, threshold.data());
+  if (!found) return;
+  for (int64_t b = 0; b < batch; ++b) {
+    std::vector<double> missing(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; ++i) {
+      double pre = w.latent_bias[static_cast<size_t>(i)];
+      for (int64_t t = 0; t < d; ++t)
+        pre += (double{x[static_cast<size_t>(b * d + t)]} - w.pre_bias[static_cast<size_t>(t)]) * w.encoder[static_cast<size_t>(i * d + t)];
+      missing[static_cast<size_t>(i)] = pre - std::max(threshold[static_cast<size_t>(i)], 0.0f);
+    }
+    for (int64_t j = b * found->width; j < (b + 1) * found->width; ++j) {
+      if (found->value[static_cast<size_t>(j)] == 0) continue;
+      double& above = missing[static_cast<size_t>(found->index[static_cast<size_t>(j)])];
+      if (above < -1e-4) fail("a latent below its threshold", c);
+      above = 0;
+    }
+    for (const double above : missing)
+      if (above > 1e-4) fail("a latent above its threshold", c);
+  }
+}
+
 void check(const Case& c, Precision precision) {
   const auto [batch, d, n] = c.shape;
   Arrays w = random_weights(n, d);
@@ -161,6 +208,8 @@ void check(const Case& c, Precision precision) {
   std::vector<float> value(index.size()), recons(x.size());
   topk_encode(c.shape, w.view(), x.data(), precision, c.loss.k, index.data(), value.data());
   decode(c.shape, w.view(), index.data(), value.data(), c.loss.k, recons.data());
+  check_sparse_gradients(c, w, x, index, value, recons);
+  for (const float low : {0.0f, 4.0f}) check_thresholds(c, w, x, precision, low);
 }
 
 /// Inputs that leave the ordinary path: rows that are not finite, and rows whose candidates all tie.

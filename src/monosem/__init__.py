@@ -20,6 +20,7 @@ _HOMES = {
     "TrainConfig": "config",
     "SweepConfig": "config",
     "EvalConfig": "config",
+    "ExplainConfig": "config",
     "RunConfig": "config",
     "ScaleConfig": "config",
     "Site": "types",
@@ -32,6 +33,7 @@ _HOMES = {
     "train": "training",
     "sweep": "sweeps",
     "evaluate": "evals",
+    "explain": "explanations",
     "run": "main_job",
     "scale": "scaling",
 }

@@ -29,10 +29,11 @@ _STAGES: dict[str, type] = {
     "train": config.TrainConfig,
     "sweep": config.SweepConfig,
     "eval": config.EvalConfig,
+    "explain": config.ExplainConfig,
     "scale": config.ScaleConfig,
     "plan": config.PlanConfig,
 }
-_POSITIONAL = {"eval": "run", "scale": "table"}
+_POSITIONAL = {"eval": "run", "explain": "run", "scale": "table"}
 _WITH_JSON = ("eval", "run", "scale", "plan")
 
 _USAGE = f"""monosem {__version__}: sparse autoencoders of a language model's activations, trained and measured.
@@ -44,6 +45,7 @@ usage: monosem COMMAND [--config FILE.json] [flags]
   train     activations -> autoencoder
   sweep     activations -> many autoencoders, on one stream
   eval RUN  autoencoder -> numbers on held-out text        (--json: one JSON object on stdout)
+  explain RUN  what each latent fires on, votes for and is near to, as columns in RUN/explain
   scale DIR table of runs -> scaling laws and figures      (--json)
   plan      a budget or a goal -> n, k, tokens, hours, bytes by those laws, and a prediction to check   (--json)
 
@@ -132,6 +134,11 @@ def _stage(name: str, argv: list[str]) -> int:
         from monosem.sweeps import summary, sweep
 
         print(f"{summary(sweep(stage))}\nthe runs: {stage.out}/runs.csv; where the time went: {stage.out}/sweep.json")
+    elif name == "explain":
+        from monosem.explanations import explain
+
+        explained = explain(stage)
+        print(f"{explained.n_latents:,} latents over {explained.manifest['n_tokens']:,} tokens in {explained.folder}")
     elif name == "scale":
         from monosem.scaling import scale, summary
 

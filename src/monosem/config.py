@@ -317,6 +317,25 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
+class ExplainConfig:
+    """Autoencoder -> statistics, examples, neighbours and votes of every latent (`monosem explain`)."""
+
+    run: str
+    """Run folder (with autoencoder/ in it) or the folder of a released autoencoder."""
+    store: str | None = None
+    """Activation store whose training tokens are looked at; default: the one the run was trained on."""
+    n_tokens: int = 1_048_576
+    """Tokens to look at (fewer if the store has fewer)."""
+    seed: int = 0
+    """Which contexts are drawn as random and quantile examples."""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "n_tokens")
+        _check_seed(self.seed)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The main job: harvest, train, evaluate in one folder (`monosem run`)."""
 

@@ -74,6 +74,8 @@ class Family(NamedTuple):
     resid_delta_attn: Point
     resid_delta_mlp: Point
     mlp_post_act: Point
+    final_norm: str | None = None
+    """The norm between the last block and the unembedding; None where there is neither."""
     encoder: bool = False
     """Loaded without a language-modelling head: it gives no logits."""
     resid_post_mlp: Point = Point("", "output")
@@ -85,6 +87,7 @@ _GPT2 = Family(
     resid_delta_attn=Point("attn", "output"),
     resid_delta_mlp=Point("mlp", "output"),
     mlp_post_act=Point("mlp.c_proj", "input"),
+    final_norm="transformer.ln_f",
 )
 _LLAMA = Family(
     blocks="model.layers",
@@ -92,6 +95,7 @@ _LLAMA = Family(
     resid_delta_attn=Point("self_attn", "output"),
     resid_delta_mlp=Point("mlp", "output"),
     mlp_post_act=Point("mlp.down_proj", "input"),
+    final_norm="model.norm",
 )
 _GEMMA = Family(
     blocks="model.layers",
@@ -99,6 +103,7 @@ _GEMMA = Family(
     resid_delta_attn=Point("post_attention_layernorm", "output"),
     resid_delta_mlp=Point("post_feedforward_layernorm", "output"),
     mlp_post_act=Point("mlp.down_proj", "input"),
+    final_norm="model.norm",
 )
 _GPT_NEOX = Family(
     blocks="gpt_neox.layers",
@@ -106,6 +111,7 @@ _GPT_NEOX = Family(
     resid_delta_attn=Point("attention", "output"),
     resid_delta_mlp=Point("mlp", "output"),
     mlp_post_act=Point("mlp.dense_4h_to_h", "input"),
+    final_norm="gpt_neox.final_layer_norm",
 )
 _BERT = Family(
     blocks="encoder.layer",
@@ -127,7 +133,7 @@ FAMILIES = {
     "gemma": _LLAMA,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
-    "gemma3": _GEMMA._replace(blocks="model.language_model.layers"),
+    "gemma3": _GEMMA._replace(blocks="model.language_model.layers", final_norm="model.language_model.norm"),
     "gpt_neox": _GPT_NEOX,
     "bert": _BERT,
     "roberta": _BERT,
@@ -289,6 +295,26 @@ class Subject:
         """The next-token logits, in the subject's dtype. `ValueError` for an encoder, which has none."""
         self._require_logits()
         return self._forward(tokens).logits
+
+    def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Float[Tensor, " d_model"]]:
+        """The unembedding's rows, and the gain of the norm before it; `ValueError` where either is not known."""
+        self._require_logits()
+        if self._family is None or self._family.final_norm is None:
+            raise ValueError(f"where {self._model_type!r} models keep their last norm is not known; its gain is needed")
+        norm = self.module.get_submodule(self._family.final_norm)
+        ones = torch.ones(1, self.d_model, device=self.device, dtype=self.dtype)  # of RMS 1: an RMSNorm gives its gain
+        gain = norm.weight if isinstance(norm, nn.LayerNorm) else norm(ones)[0]
+        return self.module.get_output_embeddings().weight.detach(), gain.detach()  # type: ignore[operator]
+
+    def vocabulary(self) -> list[str]:
+        """Each token as text, by id; a token that is part of a character shows the replacement character."""
+        ids = list(range(self.vocab_size))
+        pieces = self.tokenizer.convert_ids_to_tokens(ids)
+        if any(
+            piece and piece.startswith("\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}") for piece in pieces
+        ):  # byte-level
+            return self.tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+        return [(piece or "").replace("\N{LOWER ONE EIGHTH BLOCK}", " ") for piece in pieces]
 
     @torch.inference_mode()
     def read(self, tokens: Int[Tensor, "batch ctx"]) -> Any:

@@ -86,7 +86,8 @@ class StepGradients(NamedTuple):
     l0: Float[Tensor, ""]
     """Mean number of positive values a token."""
     stats: dict[str, float] | None = None
-    """How the kernels found the latents, for the log (docs/formats.md); None where they do not count."""
+    """How the latents were found, for the log; None where the kernels do not count (native/README.md: recall,
+    n_saturated, n_rerun, n_rescored, product_s)."""
     extras: Extras = {}  # noqa: RUF012 (nothing writes to it)
     """Gradients of the extras that are trained."""
     buffers: Extras = {}  # noqa: RUF012
