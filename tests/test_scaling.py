@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -371,6 +372,10 @@ def test_figures_are_drawn_and_the_same_bytes_twice(tmp_path: Path) -> None:
 def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"nolib is not installed.*pip install 'monosem\[lab\]'"):
         laws.library("nolib.submodule")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
+    with pytest.raises(ValueError, match=r"pyarrow is not installed.*pip install 'monosem\[hub\]'"):
+        tables.read_table(Path("runs.parquet"))
 
 
 # plans

@@ -181,7 +181,7 @@ def _csv_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
 
 
 def _parquet_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    rows = library("pyarrow.parquet").read_table(path).to_pylist()
+    rows = library("pyarrow.parquet", "hub").read_table(path).to_pylist()
     return [(i + 2, {k: "" if v is None else str(v) for k, v in row.items()}) for i, row in enumerate(rows)]
 
 
