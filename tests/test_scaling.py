@@ -257,7 +257,7 @@ def test_a_wrong_row_is_an_error_that_names_its_line(tmp_path: Path, change: dic
 def test_runs_that_no_column_tells_apart_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write(tmp_path, [row("a", 8, 2, 64, 0.5), row("b", 8, 2, 64, 0.6), row("c", 8, 2, 64, 0.7, seed=1)])
     tables.read_table(folder / "runs.csv")
-    assert [r.getMessage().split(" differ")[0] for r in caplog.records] == ["runs a, b"]
+    assert [r.getMessage().split(" have")[0] for r in caplog.records] == ["runs a, b"]
 
 
 def test_a_table_that_lacks_columns_is_refused_and_they_are_named(tmp_path: Path) -> None:

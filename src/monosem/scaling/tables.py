@@ -148,7 +148,7 @@ def _refuse_twice(path: Path, points: list[Point]) -> None:
 
 
 def _warn_of_the_same(rows: list[dict[str, str]]) -> None:
-    """Of runs that differ in a setting without a column: nothing here can tell them from seeds of one another."""
+    """Of runs that differ in a setting without a column, or only in how one was given: they look like two seeds."""
     seen: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         names = seen.setdefault(tuple(row[name] for name in _SETTINGS), {})
@@ -156,8 +156,8 @@ def _warn_of_the_same(rows: list[dict[str, str]]) -> None:
     for names in seen.values():
         if len(names) > 1:
             log.warning(
-                "runs %s differ in a setting that has no column (their config_hash says so), so they count as one with "
-                "another seed: give such runs a table of their own",
+                "runs %s have the same settings in every column but another config_hash, and count as seeds of one "
+                "another: leave one out, or give what has no column a table of its own",
                 ", ".join(names.values()),
             )
 
