@@ -89,10 +89,14 @@ def main() -> None:
     store = ActivationStore.open(options.store)
     for group in options.groups or GROUPS:
         for changes in GROUPS[group]:
-            name = "-".join([group, *(f"{key}={value}" for key, value in changes.items())])
-            config = TrainConfig(store=options.store, out=str(RUNS / name), **changes)
+            config = TrainConfig(store=options.store, out=str(folder(group, changes)), **changes)
             if not in_table(group, config, store):
                 append(row(group, config, store))
+
+
+def folder(group: str, changes: dict[str, Any]) -> Path:
+    """Where the run of a group goes."""
+    return RUNS / "-".join([group, *(f"{key}={value}" for key, value in changes.items())])
 
 
 def in_table(group: str, config: TrainConfig, store: ActivationStore) -> bool:

@@ -117,6 +117,12 @@ def test_write_json_refuses_nan_and_keeps_the_old_file(tmp_path: Path) -> None:
     assert read_json(tmp_path / "file.json") == "old"
 
 
+def test_read_json_refuses_a_name_twice(tmp_path: Path) -> None:
+    (tmp_path / "file.json").write_text('{"grid": {"k": [1], "lr": [2], "k": [3]}}')
+    with pytest.raises(ValueError, match=r"file\.json says 'k' twice in one object; keep one of them"):
+        read_json(tmp_path / "file.json")
+
+
 def test_read_json_says_that_a_file_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"file\.json does not exist"):
         read_json(tmp_path / "file.json")

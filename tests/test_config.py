@@ -185,6 +185,8 @@ def test_harvest_config_says_what_is_wrong(changes: dict[str, Any], message: str
             for value in (0, -1)
         ),
         ({"lr": float("nan")}, "lr is nan; give a positive number"),
+        ({"lr": float("inf")}, "lr is inf; give a positive number"),
+        ({"sparsity_coef": float("inf")}, "sparsity_coef is inf; it must be at least 0 and finite"),
     ],
 )
 def test_train_config_says_what_is_wrong(changes: dict[str, Any], message: str) -> None:

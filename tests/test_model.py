@@ -110,6 +110,18 @@ def test_initial_weights_follow_the_recipe(tied: bool, activation: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_unscaled_initial_weights_are_the_scaled_ones_with_encoder_rows_of_norm_1(tied: bool) -> None:
+    x = normalize(tokens(500, 24))[0]
+    scaled = initial_weights(x, 64, 6, tied=tied, seed=3)
+    plain = initial_weights(x, 64, 6, tied=tied, scaled=False, seed=3)
+    torch.testing.assert_close(plain.encoder.norm(dim=1), torch.ones(64))
+    factor = scaled.encoder[0].norm()
+    assert abs(factor - 1) > 0.05
+    torch.testing.assert_close(plain.encoder * factor, scaled.encoder)
+    assert all(torch.equal(a, b) for a, b in zip(plain[1:], scaled[1:], strict=True))
+
+
 def test_geometric_median_ignores_a_far_outlier_and_has_zero_gradient() -> None:
     points = tokens(501, 8)
     points[0] = 1e6

@@ -20,7 +20,7 @@ if not native_is_built() and "CI" not in os.environ:
     pytest.skip("monosem._native is not in this install", allow_module_level=True)
 
 from monosem import _native
-from monosem.kernels import native
+from monosem.kernels import native, reference
 
 ROWS, D_MODEL, N_LATENTS, K = 30, 22, 90, 5
 SPEC = LossSpec(k=K, mse_scale=0.7, auxk=8)
@@ -80,6 +80,18 @@ def test_rows_in_reverse_by_a_negative_stride_are_right() -> None:
 def test_a_scale_that_is_not_finite_shows_in_the_loss() -> None:
     x, weights = make(ROWS, D_MODEL, N_LATENTS)
     assert native.topk_gradients(x, weights, dataclasses.replace(SPEC, mse_scale=float("nan")), DEAD).loss.isnan()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_a_latent_with_an_infinite_threshold_is_never_active(precision: str) -> None:
+    x, weights = make(ROWS, D_MODEL, N_LATENTS)
+    threshold = torch.full((N_LATENTS,), 3.0)
+    expected = reference.dense(native.threshold_encode(x, weights, threshold, precision))
+    silenced = int(expected.sum(0).argmax())
+    threshold[silenced] = torch.inf
+    found = reference.dense(native.threshold_encode(x, weights, threshold, precision))
+    expected[:, silenced] = 0
+    assert expected.any() and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("call", ["topk_gradients", "topk_step"])

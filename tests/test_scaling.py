@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,10 @@ def test_a_diverged_run_is_left_out_with_a_warning(tmp_path: Path, caplog: pytes
         ({"layer": 7}, r"mixes sites of one subject \(layer 22 .*; layer 7 .*lines 2, 3|layer 7.*; layer 22"),
         ({"subject": "T"}, r"mixes the subjects S, T \(first at lines 2, 3 .*--subject"),
         ({"tokens": -1}, "line 3 .*out of range"),
+        ({"tokens": math.inf}, r"line 3 \(run topk-1024-8\): tokens is 'inf'; give a number"),
+        ({"lr": math.nan}, r"line 3 \(run topk-1024-8\): lr is 'nan'; give a number"),
+        ({"sparsity_coef": math.nan}, "line 3 .*sparsity_coef is 'nan'; give a number"),
+        ({"tokens": 131_072}, r"lines 2, 3 \(run topk-1024-8\): one run twice at 131,072 tokens; rename or remove"),
     ],
 )
 def test_a_wrong_row_is_an_error_that_names_its_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -247,6 +252,12 @@ def test_a_wrong_row_is_an_error_that_names_its_line(tmp_path: Path, change: dic
     table = rows()
     table[1] |= change
     assert re.search(message, told(write(tmp_path, table)))
+
+
+def test_runs_that_no_column_tells_apart_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write(tmp_path, [row("a", 8, 2, 64, 0.5), row("b", 8, 2, 64, 0.6), row("c", 8, 2, 64, 0.7, seed=1)])
+    tables.read_table(folder / "runs.csv")
+    assert [r.getMessage().split(" have")[0] for r in caplog.records] == ["runs a, b"]
 
 
 def test_a_table_that_lacks_columns_is_refused_and_they_are_named(tmp_path: Path) -> None:
@@ -291,6 +302,8 @@ def test_exponents_across_three_subjects_of_one_family(tmp_path: Path) -> None:
     assert {t["verdict"] for t in split["families"].values()} == {"cannot tell"} and len(split["subjects"]) == 3
     families.write_text(json.dumps({"small": known["small"]}))
     assert "no entry for large, middle" in told(tmp_path, families=str(families))
+    families.write_text(json.dumps({**known, "small": {"family": "F", "parameters": -1}}))
+    assert "parameters of small must be a positive number" in told(tmp_path, families=str(families))
     families.write_text("[1]")
     assert "not of the form" in told(tmp_path, families=str(families))
 
@@ -359,6 +372,10 @@ def test_figures_are_drawn_and_the_same_bytes_twice(tmp_path: Path) -> None:
 def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"nolib is not installed.*pip install 'monosem\[lab\]'"):
         laws.library("nolib.submodule")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
+    with pytest.raises(ValueError, match=r"pyarrow is not installed.*pip install 'monosem\[hub\]'"):
+        tables.read_table(Path("runs.parquet"))
 
 
 # plans
@@ -419,6 +436,22 @@ def test_an_unreachable_goal_and_an_unfitted_k_are_refused(fitted: Path) -> None
         planned(fitted)
     with pytest.raises(ValueError, match="not flops, hours"):
         planned(fitted, flops=1.0, hours=1.0)
+    with pytest.raises(ValueError, match="not one batch of 1,024; raise the budget, or lower nmse"):
+        planned(fitted, flops=1.0, k=32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"check": "a", "table": "b", "k": 3, "gpus": 2}, "compares a prediction with a table; leave out k, gpus"),
+        ({"mfu": 0.5, "flops": 1e9}, "mfu has no effect without flops_per_s"),
+        ({"gpus": 2, "flops": 1e9}, "gpus has no effect without flops_per_s"),
+        ({"flops": math.inf}, "flops is inf; give a positive number"),
+    ],
+)
+def test_a_plan_refuses_what_has_no_effect(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PlanConfig(**options)
 
 
 def test_a_prediction_is_written_once_and_checked_against_the_run(

@@ -296,6 +296,22 @@ def test_memory_counts_what_a_run_holds(store: Path, tmp_path: Path) -> None:
         assert found == sum(w.nbytes for part in parts for w in part or ())
 
 
+def test_only_a_run_that_took_a_step_must_stay_in_the_grid(store: Path, tmp_path: Path) -> None:
+    config = configured(store, tmp_path, {"base": BASE, "runs": [{}, {"k": 3}]}, hours=1e-9)
+    sweep(config)
+    report = tmp_path / "sweep" / "sweep.json"
+    found = json.loads(report.read_text())
+    run = found["runs"]["topk-n96-k3"]
+    run["status"], run["step"] = "waiting", 0
+    report.write_text(json.dumps(found))
+    fewer = configured(store, tmp_path, {"base": BASE, "runs": [{}]}, hours=1e-9)
+    assert list(sweep(fewer)["runs"]) == ["topk-n96-k4"]
+    run["step"] = 1
+    report.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"holds run topk-n96-k3, which .* does not ask for"):
+        sweep(fewer)
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -308,6 +324,7 @@ def test_memory_counts_what_a_run_holds(store: Path, tmp_path: Path) -> None:
         ({"runs": [{"kk": 3}]}, "TrainConfig has no field kk"),
         ({"runs": [{"k": "3"}]}, "TrainConfig.k is '3'; it must be int"),
         ({"grid": {"k": [3, 300], "n_latents": [96]}}, "k is 300 but there are only 96 latents"),
+        ({"runs": [{"activation": "matryoshka", "n_latents": 4, "k": 1}]}, "n_prefixes is 5, too many halvings of 4"),
         ({"grid": {"k": [3, 3]}}, "asks twice for the same run"),
         ({"grid": {"k": [3]}, "runs": [{"k": 3}]}, "asks twice for the same run"),
         ({"runs": [{"log_every_steps": 1}, {"log_every_steps": 2}]}, "asks twice for the same run (config"),

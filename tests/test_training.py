@@ -69,6 +69,15 @@ def test_train_lowers_the_loss_and_releases_the_better_weights(store: Path, tmp_
     assert autoencoder.provenance["distinct_tokens"] == ActivationStore.open(store).n_rows("train")
 
 
+def test_without_scaled_init_training_starts_from_encoder_rows_of_norm_1(store: Path, tmp_path: Path) -> None:
+    norms = {}
+    for scaled in (True, False):
+        config = configured(store, tmp_path / str(scaled), scaled_init=scaled, n_tokens=64, lr=1e-12, ema=0)
+        norms[scaled] = train(config).weights.encoder.norm(dim=1)
+    torch.testing.assert_close(norms[False], torch.ones(96))
+    assert ((norms[True] - 1).abs() > 0.05).all()
+
+
 def test_train_with_the_reference_kernels_follows_the_same_curve(store: Path, tmp_path: Path) -> None:
     curves = []
     for impl in ("torch", "reference"):

@@ -377,7 +377,7 @@ def test_one_file_dropped_in_is_one_more_activation_function(tmp_path: Path) -> 
         ({"activation": "prolu", "activation_options": {"ste": 0.5}}, "ste is 0.5; give a whole number from 0 to 1"),
         ({"activation": "prolu", "activation_options": {"ste": 2}}, "ste is 2; give a whole number from 0 to 1"),
         ({"activation": "jumprelu", "activation_options": {"bandwidth": 0}}, "bandwidth is 0; give a number from"),
-        ({"activation": "gated", "auxk": 4}, "auxk has no effect with activation=gated; leave it at None"),
+        ({"activation": "gated", "auxk": 4}, "auxk has no effect with activation=gated; leave it unset"),
         ({"activation": "jumprelu", "k": 4}, "k has no effect with activation=jumprelu; leave it at 32"),
         ({"activation": "batch_topk", "sparsity_coef": 0.1}, "sparsity_coef has no effect with activation=batch_topk"),
         ({"activation": "multi_topk", "k": 9, "n_latents": 8}, "k is 9 but there are only 8 latents"),

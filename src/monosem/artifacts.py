@@ -54,9 +54,18 @@ def write_json(path: str | Path, data: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The JSON in `path`; `ValueError` when it is missing or not JSON."""
+    """The JSON in `path`; `ValueError` when it is missing, not JSON, or says a name twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{path} says {twice!r} twice in one object; keep one of them")
+        return found
+
     try:
-        return json.loads(Path(path).read_text("utf-8"))
+        return json.loads(Path(path).read_text("utf-8"), object_pairs_hook=once)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except OSError as error:

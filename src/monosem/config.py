@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import hashlib
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,8 @@ class TrainConfig:
     """Steps over which sparsity_coef rises linearly from 0."""
     tied_init: bool = True
     """Start the encoder as the decoder's transpose."""
+    scaled_init: bool = True
+    """Scale the encoder so that reconstructions have the inputs' norm at the start; else its rows have norm 1."""
     ema: float | None = None
     """Coefficient of the weights' moving average; default min(0.999, 1 - 20/steps); 0 turns it off."""
     clip_norm: float | None = None
@@ -143,10 +146,7 @@ class TrainConfig:
             raise ValueError(f"n_tokens is {self.n_tokens}, less than one batch of {self.batch_size}; raise n_tokens")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; give a coefficient in [0, 1)")
-        for name in ("lr", "clip_norm", "dead_tokens_threshold"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; give a positive number or leave it unset")
+        _positive(self, "lr", "clip_norm", "dead_tokens_threshold")
 
     def _check_activation(self) -> None:
         """That its options are its own, and that every shared setting which was changed has an effect with it."""
@@ -159,7 +159,8 @@ class TrainConfig:
         for name in ("k", "sparsity_coef", "auxk"):
             default = TrainConfig.__dataclass_fields__[name].default
             if name not in facts.uses and getattr(self, name) not in (default, 0):
-                raise ValueError(f"{name} has no effect with activation={self.activation}; leave it at {default}")
+                advice = "unset" if default is None else f"at {default}"
+                raise ValueError(f"{name} has no effect with activation={self.activation}; leave it {advice}")
         if self.sparsity_warmup_steps and not self.sparsity_coef:
             raise ValueError("sparsity_warmup_steps has no effect without sparsity_coef; set that or leave it at 0")
         if self.auxk_coef not in (0, 1 / 32) and not has_auxk:
@@ -200,8 +201,7 @@ class SweepConfig:
         _at_least(self, 1, "eval_every", "eval_tokens")
         _at_least(self, 20, "n_bootstrap")
         _at_least(self, 0, "save_every_s")
-        if self.hours is not None and not self.hours > 0:
-            raise ValueError(f"hours is {self.hours}; give a positive number or leave it unset")
+        _positive(self, "hours")
 
 
 @dataclass(frozen=True)
@@ -290,10 +290,7 @@ class PlanConfig:
     """With --check: the runs table, or its folder."""
 
     def __post_init__(self) -> None:
-        for name in ("k", "n_latents", "flops", "hours", "tokens", "nmse", "flops_per_s", "memory_gib"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; give a positive number or leave it unset")
+        _positive(self, "k", "n_latents", "flops", "hours", "tokens", "nmse", "flops_per_s", "memory_gib")
         _at_least(self, 1, "gpus", "pack")
         _at_least(self, 0, "price_per_hour")
         if not 0 < self.mfu <= 1:
@@ -302,15 +299,21 @@ class PlanConfig:
         if (self.check is None) != (self.table is None):
             raise ValueError("check and table belong together: give both, or neither")
         if self.check is not None:
-            if self.scaling or goals or self.out:
-                raise ValueError("check compares a prediction with a table; leave out scaling, the budget and out")
+            self._check_nothing_else()
             return
         if len(goals) > 1:
             raise ValueError(f"give one of flops, hours, tokens or nmse, not {', '.join(goals)}")
         if self.out is not None and self.k is None:
             raise ValueError("out holds the prediction of one run; give its k")
-        if self.gpus > 1 and self.flops_per_s is None:
-            raise ValueError("gpus has no effect without flops_per_s; give the peak FLOPs a second of one")
+        for name in ("gpus", "mfu"):
+            if self.flops_per_s is None and getattr(self, name) != PlanConfig.__dataclass_fields__[name].default:
+                raise ValueError(f"{name} has no effect without flops_per_s; give the peak FLOPs a second of one GPU")
+
+    def _check_nothing_else(self) -> None:
+        """That a check is told of its prediction and its table alone."""
+        fields = (f for f in dataclasses.fields(self) if f.name not in ("check", "table"))
+        if given := [f.name for f in fields if getattr(self, f.name) != f.default]:
+            raise ValueError(f"check compares a prediction with a table; leave out {', '.join(given)}")
 
 
 @dataclass(frozen=True)
@@ -443,8 +446,17 @@ def _checked(kind: type, name: str, hint: Any, value: Any) -> Any:
 def _at_least(config: Any, low: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not value >= low:
-            raise ValueError(f"{name} is {value}; it must be at least {low}")
+        if not low <= value < math.inf:
+            finite = " and finite" if value == math.inf else ""
+            raise ValueError(f"{name} is {value}; it must be at least {low}{finite}")
+
+
+def _positive(config: Any, *names: str) -> None:
+    """That what is given of the optional fields is a positive number."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}; give a positive number or leave it unset")
 
 
 def _check_seed(seed: int, name: str = "seed") -> None:

@@ -195,13 +195,14 @@ def initial_weights(
     options: dict[str, float] | None = None,
     *,
     tied: bool,
+    scaled: bool = True,
     seed: int,
     pre_bias: Float[Tensor, " d_model"] | None = None,
 ) -> Weights:
     """Weights to start from, given a sample of normalised activations (Gao et al. 2024, section 2 and appendix A).
 
     Decoder rows are uniformly random unit vectors; the encoder is equal to the decoder (`tied`) or drawn the same way;
-    pre_bias is the sample's geometric median (given by a caller who knows it already); the encoder is then scaled so
+    pre_bias is the sample's geometric median (given by a caller who knows it already); the encoder is then `scaled` so
     that the mean norm of z @ decoder is that of x - pre_bias, with the z of the activation function and its extras at
     the start.
     """
@@ -211,6 +212,8 @@ def initial_weights(
     encoder = decoder.clone() if tied else _unit_rows(torch.randn(n_latents, d_model, generator=generator))
     pre_bias = losses.geometric_median(sample).float() if pre_bias is None else pre_bias.clone()
     weights = Weights(encoder, torch.zeros(n_latents), decoder, pre_bias)
+    if not scaled:
+        return weights
     latents = variants.encode(activation, sample, weights, variants.initial_extras(activation, weights, options), k)
     norms = (torch_sparse.decode(latents, weights) - pre_bias).norm(dim=1).mean()
     encoder.mul_((sample - pre_bias).norm(dim=1).mean() / norms)

@@ -156,7 +156,7 @@ class Run:
         c = self.config
         options = c.activation_options
         what, bias = (c.n_latents, c.k, c.activation, options), self.supply.pre_bias
-        weights = initial_weights(sample, *what, tied=c.tied_init, seed=c.seed, pre_bias=bias)
+        weights = initial_weights(sample, *what, tied=c.tied_init, scaled=c.scaled_init, seed=c.seed, pre_bias=bias)
         weights = Weights(*(w.to(self.device) for w in weights))
         extras = variants.initial_extras(c.activation, weights, options)
         self.state = step.TrainState.new(weights, extras, ema=self.recipe.ema > 0)

@@ -78,7 +78,9 @@ def _sparse_threshold_encode(
     """None where more than 1 in 16 latents is above its threshold on many of the first tokens."""
     x_BD, weights = _rows("x", x_BD), _readable(weights)
     _check_kind("threshold", threshold_N)
-    found = _native.threshold_encode(x_BD, weights, threshold_N.detach().contiguous(), _checked_precision(precision))
+    # An infinite threshold is a latent that is never active, not weights that are not finite.
+    finite_N = threshold_N.detach().clamp(max=torch.finfo(threshold_N.dtype).max).contiguous()
+    found = _native.threshold_encode(x_BD, weights, finite_N, _checked_precision(precision))
     if found is None:
         return None
     indices, values = found

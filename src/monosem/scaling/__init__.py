@@ -15,6 +15,7 @@ from typing import Any
 from monosem import artifacts
 from monosem.config import ScaleConfig
 from monosem.scaling import costs, questions, sparsity, tables
+from monosem.scaling.entry import end
 from monosem.scaling.laws import JOINT
 from monosem.scaling.tables import Excluded, Point, Table
 
@@ -77,6 +78,7 @@ def walk(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _report(config: ScaleConfig, path: Path, table: Table) -> dict[str, Any]:
+    families = tables.families(config.families, {p.subject for p in table.points}) if config.families else None
     subject, by_subject = _subjects(config, table.points)
     points = tables.one_site(path, table.points, subject)
     topk = [p for p in points if p.activation == "topk"]
@@ -104,8 +106,8 @@ def _report(config: ScaleConfig, path: Path, table: Table) -> dict[str, Any]:
     _refuse_nothing_fitted(path, report, kept, excluded)
     report["sparsity"] = sparsity.frontier(_at(points, tokens), at, config.seed)
     report["subjects"] = None
-    if config.families:
-        report["subjects"] = questions.across_subjects(by_subject, tables.families(config.families), None, config.seed)
+    if families:
+        report["subjects"] = questions.across_subjects(by_subject, families, config.seed)
     report["costs"] = costs.measured(points)
     report["points"] = _plotted(main, kept)
     report["excluded"] = [e._asdict() for e in table.excluded]
@@ -166,12 +168,12 @@ def _all_points(points: list[Point], kept: list[Point]) -> list[Point]:
 
 def _at(points: list[Point], tokens: int) -> list[Point]:
     """Of every run of every activation function, its point at `tokens` in the setting of most of its runs."""
-    found = []
+    found: list[Point] = []
     for activation in sorted({p.activation for p in points}):
         main, _ = tables.of_main_setting([p for p in points if p.activation == activation])
         groups = tables.token_groups(main)
-        near = [t for t in groups if 1 / 1.02 <= t / tokens <= 1.02]
-        found += [p for t in near for p in {p.run: p for p in groups[t]}.values()]
+        near = [p for t in groups if tables.same_tokens(t, tokens) for p in groups[t]]
+        found += {p.run: p for p in near}.values()
     return found
 
 
@@ -179,7 +181,7 @@ def _plotted(main: list[Point], kept: list[Point]) -> dict[str, list[dict[str, A
     """What the figures show beside the fits: `curves`, every point of the main setting; `fitted`, the joint law's."""
     names = ("run", "n_latents", "k", "tokens", "flops", "flops_dense_equivalent", "normalized_mse")
     fields = [{name: getattr(p, name) for name in names} for p in main]
-    curves = [{k: None if v != v else v for k, v in row.items()} for row in fields]
+    curves = [{k: tables.nan_to_none(v) for k, v in row.items()} for row in fields]
     return {"curves": curves, "fitted": [{name: getattr(p, name) for name in names[:4] + names[-1:]} for p in kept]}
 
 
@@ -197,11 +199,7 @@ def _public(report: dict[str, Any]) -> dict[str, Any]:
 def _block(name: str, entry: dict[str, Any]) -> str:
     lines = [f"{name}: {entry['law']}, {entry['n_runs']} runs: {entry['claim']}: {entry['verdict']}"]
     for coefficient, c in entry["coefficients"].items():
-        lines.append(f"  {coefficient:<7}{c['value']:>10.4g}  [{_end(c['low'])}, {_end(c['high'])}]")
+        lines.append(f"  {coefficient:<7}{c['value']:>10.4g}  [{end(c['low'])}, {end(c['high'])}]")
     errors = [("held out", entry["held_out_error"]), ("extrapolation", entry["extrapolation_error"])]
     lines.append("  error of ln NMSE: " + ", ".join(f"{what} {e:.4f}" for what, e in errors if e is not None))
     return "\n".join(lines)
-
-
-def _end(value: float | None) -> str:
-    return "no bound" if value is None else f"{value:.5g}"

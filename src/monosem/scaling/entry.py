@@ -90,6 +90,11 @@ def rounded(draws: np.ndarray) -> list[list[float]]:
     return [[float(f"{value:.7g}") for value in row] for row in draws[:N_DRAWS]]
 
 
+def theta(fitted: dict[str, Any]) -> np.ndarray:
+    """The coefficients of a fitted entry, in the law's order."""
+    return np.array([c["value"] for c in fitted["coefficients"].values()])
+
+
 def unfitted(
     law: Law, claim: str, reason: str, *, at: dict[str, Any], excluded: list[Excluded], n_runs: int
 ) -> dict[str, Any]:
@@ -110,7 +115,7 @@ def unfitted(
 def sign(coefficients: Coefficients, name: str, wanted: int) -> tuple[Verdict, str]:
     """Whether a coefficient has the sign `wanted`, by its interval; the reason quotes it."""
     c = coefficients[name]
-    quoted = f"{name} = {c['value']:.4g} [{_end(c['low'])}, {_end(c['high'])}]"
+    quoted = f"{name} = {c['value']:.4g} [{end(c['low'])}, {end(c['high'])}]"
     low, high = (c["low"], c["high"]) if wanted > 0 else (_minus(c["high"]), _minus(c["low"]))
     if low is not None and low > 0:
         return "holds", quoted
@@ -190,5 +195,6 @@ def _minus(value: float | None) -> float | None:
     return None if value is None else -value
 
 
-def _end(value: float | None) -> str:
+def end(value: float | None) -> str:
+    """An end of an interval, for people."""
     return "no bound" if value is None else f"{value:.4g}"

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from monosem import artifacts
+from monosem.scaling.entry import theta
 from monosem.scaling.laws import DATA, JOINT, library, line, power
 
 _COLOURS = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#c8b020", "#d95f02", "#b2182b")
@@ -142,11 +143,10 @@ def _convergence(by_k: dict[str, dict[str, Any]]) -> Picture:
 def _residuals(entry: dict[str, Any], fitted: list[dict[str, Any]]) -> Picture:
     series = []
     if entry["coefficients"]:
-        theta = _theta(entry)
         for i, k in enumerate(sorted({p["k"] for p in fitted})):
             own = [p for p in fitted if p["k"] == k]
             logs = {"n": np.log([p["n_latents"] for p in own]), "k": np.log([p["k"] for p in own])}
-            residual = np.log([p["normalized_mse"] for p in own]) - JOINT.log_value(theta, logs)
+            residual = np.log([p["normalized_mse"] for p in own]) - JOINT.log_value(theta(entry), logs)
             series.append(Series(f"k = {k}", [float(p["n_latents"]) for p in own], residual.tolist(), "points", i))
     title = f"Residuals of {entry['law']}"
     return Picture("residuals", title, "n_latents", "ln measured − ln fitted", series, _note(entry), log_y=False)
@@ -168,11 +168,7 @@ def _fit(
     entry: dict[str, Any], law: Any, values: dict[str, np.ndarray], x: np.ndarray, label: str, colour: int
 ) -> Series:
     logs = {name: np.log(value) for name, value in values.items()}
-    return Series(label, x.tolist(), np.exp(law.log_value(_theta(entry), logs)).tolist(), "line", colour)
-
-
-def _theta(entry: dict[str, Any]) -> np.ndarray:
-    return np.array([c["value"] for c in entry["coefficients"].values()])
+    return Series(label, x.tolist(), np.exp(law.log_value(theta(entry), logs)).tolist(), "line", colour)
 
 
 def _note(entry: dict[str, Any]) -> str:

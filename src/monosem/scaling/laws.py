@@ -24,13 +24,13 @@ INTERCEPT_BOUND = 60.0
 """|intercept| of any fit: exp(±60) covers FLOPs and tokens."""
 
 
-def library(name: str) -> Any:
-    """A library of the extra `lab`, imported here and now; `ValueError` when it is not installed."""
+def library(name: str, extra: str = "lab") -> Any:
+    """A library of an extra, imported here and now; `ValueError` when it is not installed."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{name.split('.')[0]} is not installed, and scaling laws need it: pip install 'monosem[lab]'"
+            f"{name.split('.')[0]} is not installed, and this needs it: pip install 'monosem[{extra}]'"
         ) from error
 
 

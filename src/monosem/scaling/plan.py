@@ -14,17 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from monosem import artifacts
-from monosem.config import PlanConfig, to_dict
+from monosem.config import PlanConfig, TrainConfig, to_dict
 from monosem.scaling import KIND, costs, fit, tables
+from monosem.scaling.entry import theta
 from monosem.scaling.laws import DATA, JOINT
 
 _PREDICTION = "prediction"
 _STEPS_PER_DOUBLING = 4
 _BEYOND = 4
 """Sizes up to this factor outside the table's are considered, and marked as extrapolated."""
-_SAME_TOKENS = 1.02
-_BATCH = 1024
-"""TrainConfig's batch, for the bytes."""
 
 
 class Laws(NamedTuple):
@@ -54,17 +52,17 @@ class Laws(NamedTuple):
     def predict(self, n_latents: int, k: int, tokens: float) -> dict[str, Any]:
         """NMSE with its 95% interval: {value, low, high, law, extrapolated}."""
         joint = self.report["joint"]
-        at_d = joint["coefficients"] and 1 / _SAME_TOKENS < tokens / joint["at"]["tokens"] < _SAME_TOKENS
+        at_d = joint["coefficients"] and tables.same_tokens(tokens, joint["at"]["tokens"])
         entry, law = (joint, JOINT) if at_d else (self.report["n_tokens"].get(str(k), {"coefficients": None}), DATA)
         if not entry["coefficients"]:
             known = ", ".join(map(str, self.ks())) or "none"
             d = f"; the joint law is of {joint['at']['tokens']:,} tokens" if joint["coefficients"] else ""
             raise ValueError(f"there is no fitted L(N,D) at k = {k} (fitted k: {known}){d}")
         logs = {"n": np.log([n_latents]), "k": np.log([k]), "tokens": np.log([tokens])}
-        value = law.log_value(np.array([c["value"] for c in entry["coefficients"].values()]), logs)[0]
+        value = law.log_value(theta(entry), logs)[0]
         seen = [p for p in self.report["points"]["curves"] if law is JOINT or p["k"] == k]
         beyond = not all(
-            min(p[name] for p in seen) <= x <= _SAME_TOKENS * max(p[name] for p in seen)
+            min(p[name] for p in seen) <= x <= tables.SAME_TOKENS * max(p[name] for p in seen)
             for name, x in (("n_latents", n_latents), ("k", k), ("tokens", tokens))
         )
         errors = [entry["residual_sd"], entry["held_out_error"], entry["extrapolation_error"] if beyond else None]
@@ -79,8 +77,9 @@ class Laws(NamedTuple):
         }
 
     def log_nmse(self, k: int, n_latents: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        theta = np.array([c["value"] for c in self.report["n_tokens"][str(k)]["coefficients"].values()])
-        return DATA.log_value(theta, {"n": np.log(n_latents), "tokens": np.log(tokens)})
+        return DATA.log_value(
+            theta(self.report["n_tokens"][str(k)]), {"n": np.log(n_latents), "tokens": np.log(tokens)}
+        )
 
     def per_token(self, what: str, n_latents: int, k: int) -> float:
         """FLOPs or seconds a token; `ValueError` when the table did not say."""
@@ -129,7 +128,7 @@ def check(config: PlanConfig) -> dict[str, Any]:
         for p in table.points
         if (p.activation, p.n_latents, p.k) == ("topk", said["n_latents"], said["k"])
         and (p.subject, p.layer, p.location, p.d_model) == (of["subject"], of["layer"], of["location"], of["d_model"])
-        and 1 / _SAME_TOKENS <= p.tokens / said["tokens"] <= _SAME_TOKENS
+        and tables.same_tokens(p.tokens, said["tokens"])
     ]
     kept, _ = tables.best_lr(same)
     low, high = said["nmse"]["low"], said["nmse"]["high"]
@@ -157,12 +156,17 @@ def _plan(config: PlanConfig, laws: Laws, k: int) -> dict[str, Any]:
     n, tokens = _choice(config, laws, k)
     if k > n:
         raise ValueError(f"k is {k} but there are only {n} latents; lower k or raise n_latents")
+    if tokens < TrainConfig.batch_size:
+        raise ValueError(
+            f"that is {tokens:.3g} tokens with {n:,} latents, not one batch of {TrainConfig.batch_size:,}; "
+            "raise the budget, or lower nmse"
+        )
     found: dict[str, Any] = {"n_latents": n, "k": k, "tokens": round(tokens), "nmse": laws.predict(n, k, tokens)}
     known = laws.report["costs"]
     flops = laws.per_token("flops", n, k) * tokens if known["flops"] else None
     seconds = _seconds_per_token(config, laws, n, k) * tokens if config.flops_per_s or known["seconds"] else None
     estimate = f"estimate: {config.mfu:g} of {config.flops_per_s:g} FLOPs/s" if config.flops_per_s else None
-    needed = costs.bytes_needed(n, laws.d_model, ema=True, batch_size=_BATCH, k=k, pack=config.pack)
+    needed = costs.bytes_needed(n, laws.d_model, ema=True, batch_size=TrainConfig.batch_size, k=k, pack=config.pack)
     memory = _own_memory() if config.memory_gib is None else config.memory_gib * 2**30
     hours = seconds / 3600 if seconds is not None else None
     return {

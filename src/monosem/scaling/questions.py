@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from monosem.scaling import fit, tables
-from monosem.scaling.entry import Coefficients, Observed, Verdict, both, entry, ranges, rounded, sign, unfitted
+from monosem.scaling.entry import Coefficients, Observed, Verdict, both, entry, ranges, rounded, sign, theta, unfitted
 from monosem.scaling.laws import DATA, JOINT, Law, line, power
 from monosem.scaling.tables import Convergence, Excluded, Point
 
@@ -156,7 +156,7 @@ def _compute(points: list[Point], k: int, flops: str, noise: float, seed: int) -
     cells = np.arange(len(budgets))
     seen = Observed({"c": budgets}, log_y, cells, cells, cells >= len(cells) - max(1, len(cells) // 4))
     found = entry(law, seen, claim, lambda c: sign(c, "b", 1), at=at, excluded=[], seed=seed)
-    best = np.array([c["value"] for c in found["coefficients"].values()])
+    best = theta(found)
     draws, rises = frontier.drawn(law, best, noise, seed)
     found["coefficients"] = ranges(dict(zip(law.coefficients, map(float, best), strict=True)), *fit.percentiles(draws))
     found["verdict"], found["reason"] = sign(found["coefficients"], "b", 1)
@@ -251,19 +251,12 @@ def _curve(run: list[Point], flops: str, budgets: np.ndarray) -> tuple[np.ndarra
 
 
 def across_subjects(
-    by_subject: dict[str, list[Point]], known: dict[str, tuple[str, float]], k: int | None, seed: int
+    by_subject: dict[str, list[Point]], known: dict[str, tuple[str, float]], seed: int
 ) -> dict[str, Any]:
-    """L_s(N | D): each subject's exponent at one k, and how it moves with the subject's size, per family.
-
-    `ValueError` when a subject is not in `known`.
-    """
-    if missing := sorted(set(by_subject) - set(known)):
-        raise ValueError(
-            f"the families file has no entry for {', '.join(missing)}; give each subject's family and size"
-        )
+    """L_s(N | D): each subject's exponent at the largest k that all have, and per family how it moves with size."""
     ks = [{p.k for p in points} for points in by_subject.values()]
     shared = sorted(set.intersection(*ks))
-    k = k if k is not None else max(shared, default=None)
+    k = max(shared, default=None)
     rows = []
     for subject, points in by_subject.items():
         own = [p for p in points if p.k == k]

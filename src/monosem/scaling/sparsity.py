@@ -14,7 +14,7 @@ import numpy as np
 
 from monosem.scaling import fit
 from monosem.scaling.entry import ranges, sign
-from monosem.scaling.tables import Excluded, Point, best_lr
+from monosem.scaling.tables import Excluded, Point, best_lr, nan_to_none
 
 GAP_CLAIM = "the gap between ReLU and TopK at one L0 grows with n (p > 0)"
 
@@ -24,7 +24,13 @@ def frontier(points: list[Point], at: dict[str, Any], seed: int) -> dict[str, An
     kept, excluded = best_lr([p for p in points if p.l0 > 0])
     curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for p in sorted(kept, key=lambda p: (p.activation, p.n_latents, p.l0)):
-        own = {"l0": p.l0, "normalized_mse": p.normalized_mse, "low": _none(p.low), "high": _none(p.high), "run": p.run}
+        own = {
+            "l0": p.l0,
+            "normalized_mse": p.normalized_mse,
+            "low": nan_to_none(p.low),
+            "high": nan_to_none(p.high),
+            "run": p.run,
+        }
         curves.setdefault(p.activation, {}).setdefault(str(p.n_latents), []).append(own)
     gaps = [g for name in curves if name != "topk" for g in _gaps(kept, name, seed)]
     return {
@@ -109,10 +115,6 @@ def _growth(gaps: list[dict[str, Any]], seed: int) -> dict[str, Any]:
 def _sd(p: Point) -> float:
     """Of ln NMSE, from its interval over text; 0 where the table gives none."""
     return math.log(p.high / p.low) / (2 * 1.96) if p.low > 0 and p.high > 0 else 0.0
-
-
-def _none(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def _without_l0(points: list[Point]) -> list[Excluded]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple
 from monosem import artifacts
 from monosem.scaling.laws import library
 
+log = logging.getLogger("monosem")
+
 COLUMNS = (
     *("run", "activation", "n_latents", "k", "lr", "sparsity_coef", "activation_options", "tied_init", "auxk"),
     *("batch_size", "ema", "seed", "data_seed", "n_tokens", "tokens", "distinct_tokens", "epochs", "flops"),
@@ -24,7 +27,13 @@ COLUMNS = (
     *("dead_window_tokens", "never_fired_fraction", "weights", "kernel_s", "wall_s", "impl", "subject", "layer"),
     *("location", "d_model", "finished", "status", "config_hash", "store_hash", "commit", "checkpoint", "date"),
 )
-_SAME_TOKENS = 1.02
+"""Of a runs table, as `sweeps` writes it; docs/formats.md says what each is."""
+
+_SETTINGS = (
+    *("activation", "n_latents", "k", "lr", "sparsity_coef", "activation_options", "tied_init", "auxk", "batch_size"),
+    *("ema", "seed", "data_seed", "n_tokens", "subject", "layer", "location", "store_hash"),
+)
+SAME_TOKENS = 1.02
 """Evaluation points whose tokens differ by less than this factor are at the same number (budgets round up)."""
 _MOST_NAMED = 8
 
@@ -89,8 +98,8 @@ def table_path(path: str) -> Path:
 def read_table(path: Path) -> Table:
     """The rows of a .csv or .parquet table, checked; diverged runs are left out and listed.
 
-    `ValueError` naming the lines: a column missing, a value that is no number, k > n_latents, a normalized_mse that is
-    not a positive number in a run whose status is not diverged.
+    `ValueError` naming the lines: a column missing, a value that is no number, k > n_latents, a run twice at one number
+    of tokens, a normalized_mse that is not a positive number in a run whose status is not diverged.
     """
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _csv_rows(path)
     if not rows:
@@ -117,6 +126,8 @@ def read_table(path: Path) -> Table:
         "tokens, n_latents or k out of range",
         "they count things",
     )
+    _refuse_twice(path, points)
+    _warn_of_the_same([row for _, row in rows])
     if not points:
         raise ValueError(f"all {len(diverged)} runs of {path} diverged; nothing is left to fit")
     return Table(points, [Excluded(run, "diverged") for run in sorted(diverged)], artifacts.sha256_file(path))
@@ -125,6 +136,30 @@ def read_table(path: Path) -> Table:
 def _refuse(path: Path, points: list[Point], wrong: Callable[[Point], bool], what: str, advice: str) -> None:
     if bad := [p for p in points if wrong(p)]:
         raise ValueError(f"{path}: {lines(bad)}: {what}; {advice}")
+
+
+def _refuse_twice(path: Path, points: list[Point]) -> None:
+    seen: dict[tuple[str, float], Point] = {}
+    for p in points:
+        if (first := seen.setdefault((p.run, p.tokens), p)) is not p:
+            raise ValueError(
+                f"{path}: {lines([first, p])}: one run twice at {p.tokens:,.0f} tokens; rename or remove one of them"
+            )
+
+
+def _warn_of_the_same(rows: list[dict[str, str]]) -> None:
+    """Of runs that differ in a setting without a column, or only in how one was given: they look like two seeds."""
+    seen: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        names = seen.setdefault(tuple(row[name] for name in _SETTINGS), {})
+        names.setdefault(row["config_hash"], row["run"])
+    for names in seen.values():
+        if len(names) > 1:
+            log.warning(
+                "runs %s have the same settings in every column but another config_hash, and count as seeds of one "
+                "another: leave one out, or give what has no column a table of its own",
+                ", ".join(names.values()),
+            )
 
 
 def lines(points: list[Point]) -> str:
@@ -146,29 +181,31 @@ def _csv_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
 
 
 def _parquet_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    rows = library("pyarrow.parquet").read_table(path).to_pylist()
+    rows = library("pyarrow.parquet", "hub").read_table(path).to_pylist()
     return [(i + 2, {k: "" if v is None else str(v) for k, v in row.items()}) for i, row in enumerate(rows)]
 
 
 def _point(path: Path, line: int, row: dict[str, str]) -> Point:
+    nan = math.nan
+
     def number(name: str, default: float | None = None) -> float:
         text = row[name].strip()
         if not text and default is not None:
             return default
         try:
-            return float(text)
+            value = float(text)
         except ValueError:
-            raise ValueError(
-                f"{path}, line {line} (run {row['run']}): {name} is {row[name]!r}; give a number"
-            ) from None
+            value = math.inf
+        if math.isinf(value) or (math.isnan(value) and default is not nan):
+            raise ValueError(f"{path}, line {line} (run {row['run']}): {name} is {row[name]!r}; give a number")
+        return value
 
     def whole(name: str, default: float | None = None) -> int:
         value = number(name, default)
-        if not math.isfinite(value) or value != int(value):
+        if value != int(value):
             raise ValueError(f"{path}, line {line} (run {row['run']}): {name} is {row[name]!r}; give a whole number")
         return int(value)
 
-    nan = math.nan
     auxk = "AuxK" if number("auxk", 0) > 0 else "no AuxK"
     tied = "tied" if row["tied_init"].strip().lower() in ("true", "1") else "untied"
     ema = "average" if number("ema", 0) > 0 else "no average"
@@ -230,12 +267,17 @@ def of_main_setting(points: list[Point]) -> tuple[list[Point], list[Excluded]]:
     return [p for p in points if p.setting == main], other
 
 
+def same_tokens(a: float, b: float) -> bool:
+    """Whether two evaluation points are at the same number of tokens."""
+    return 1 / SAME_TOKENS <= a / b <= SAME_TOKENS
+
+
 def token_groups(points: list[Point]) -> dict[int, list[Point]]:
-    """Points by their number of tokens; numbers closer than _SAME_TOKENS are one, named by the smallest."""
+    """Points by their number of tokens; numbers closer than SAME_TOKENS are one, named by the smallest."""
     groups: dict[int, list[Point]] = {}
     name = 0
     for p in sorted(points, key=lambda p: p.tokens):
-        if not name or p.tokens > name * _SAME_TOKENS:
+        if not name or p.tokens > name * SAME_TOKENS:
             name = int(p.tokens)
         groups.setdefault(name, []).append(p)
     return groups
@@ -247,7 +289,7 @@ def fixed_tokens(points: list[Point], tokens: int | None) -> int:
     if tokens is None:
         return max(groups, key=lambda t: (len({(p.n_latents, p.k) for p in groups[t]}), t))
     near = min(groups, key=lambda t: abs(math.log(t / tokens)))
-    if not 1 / _SAME_TOKENS <= near / tokens <= _SAME_TOKENS:
+    if not same_tokens(near, tokens):
         raise ValueError(
             f"no run was evaluated at {tokens:,} tokens; runs were at {', '.join(f'{t:,}' for t in groups)}"
         )
@@ -334,11 +376,25 @@ def _crossing(gains: list[tuple[float, float]], gain: float) -> tuple[float, str
     return math.nan, f"still gained {100 * g:.1f}% in the doubling to {tokens:,.0f} distinct tokens"
 
 
-def families(path: str) -> dict[str, tuple[str, float]]:
-    """Subject -> (family, parameters) from a JSON object {"subject": {"family": "name", "parameters": 135e6}, ...}."""
+def nan_to_none(value: Any) -> Any:
+    """The value as JSON has it: None for NaN."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def families(path: str, subjects: set[str]) -> dict[str, tuple[str, float]]:
+    """Subject -> (family, parameters) from a JSON object {"subject": {"family": "name", "parameters": 135e6}, ...}.
+
+    `ValueError` for another form, and when one of `subjects` is not in it.
+    """
     data = artifacts.read_json(path)
     try:
-        return {str(name): (str(entry["family"]), float(entry["parameters"])) for name, entry in data.items()}
+        found = {str(name): (str(entry["family"]), float(entry["parameters"])) for name, entry in data.items()}
+        wrong = [name for name, (_, parameters) in found.items() if not 0 < parameters < math.inf]
     except (AttributeError, KeyError, TypeError, ValueError):
         form = json.dumps({"SUBJECT": {"family": "NAME", "parameters": 135e6}})
         raise ValueError(f"{path} is not of the form {form}; give one entry a subject") from None
+    if wrong:
+        raise ValueError(f"{path}: parameters of {', '.join(wrong)} must be a positive number")
+    if missing := sorted(subjects - set(found)):
+        raise ValueError(f"{path} has no entry for {', '.join(missing)}; give each subject's family and size")
+    return found

@@ -284,8 +284,7 @@ class _Sweep:
         return report
 
     def _progress(self) -> str:
-        counts = {s: sum(m.status == s for m in self.members) for s in ("finished", "training", "waiting", "diverged")}
-        return ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+        return _counted([m.status for m in self.members])
 
     def _lines(self) -> list[str]:
         """The table on the screen: a header, then a line a run."""
@@ -296,15 +295,19 @@ class _Sweep:
 
 def summary(report: dict[str, Any]) -> str:
     """The state of a sweep in a line or two, for people."""
-    runs = report["runs"].values()
-    counts = {s: sum(r["status"] == s for r in runs) for s in ("finished", "training", "waiting", "diverged")}
-    lines = [", ".join(f"{n} {status}" for status, n in counts.items() if n)]
+    statuses = [run["status"] for run in report["runs"].values()]
+    lines = [_counted(statuses)]
     if ratio := report["seconds"]["ratio"]:
         lines.append(f"{ratio:.3f} times the kernels' seconds, evaluations apart")
     lines += [f"{name} diverged: {r['error']}" for name, r in report["runs"].items() if r["status"] == "diverged"]
-    if counts["training"] or counts["waiting"]:
+    if {"training", "waiting"} & set(statuses):
         lines.append("time is up and everything is saved; run the same command to go on")
     return "\n".join(lines)
+
+
+def _counted(statuses: list[str]) -> str:
+    counts = {s: statuses.count(s) for s in ("finished", "training", "waiting", "diverged")}
+    return ", ".join(f"{n} {status}" for status, n in counts.items() if n)
 
 
 def _read(path: Path, config: SweepConfig) -> dict[str, Any]:
@@ -322,10 +325,12 @@ def _members(
 ) -> list[Member]:
     """A member a run asked for, under the name that the folder knows it by, else under a new one.
 
-    `ValueError` when the folder knows a run that is not asked for.
+    `ValueError` when the folder knows a run that is not asked for, unless it never took a step.
     """
-    names = {(facts["config_hash"], facts["store_hash"]): name for name, facts in known.items()}
     keys = [(table.json_hash(identity(run)), stores[run.store].hash) for run in asked]
+    names = {(facts["config_hash"], facts["store_hash"]): name for name, facts in known.items()}
+    begun = {name for name, facts in known.items() if facts["step"] or facts["status"] != "waiting"}
+    names = {key: name for key, name in names.items() if key in keys or name in begun}
     if gone := [name for key, name in names.items() if key not in keys]:
         how = grid.nearest(known[gone[0]]["config"], [identity(run) for run in asked]) or "another store"
         raise ValueError(
@@ -334,7 +339,7 @@ def _members(
         )
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise ValueError(f"{config.grid} asks twice for the same run (config {twice[0][0][:12]}); drop one")
-    new = iter(grid.names(asked, set(known), [key not in names for key in keys]))
+    new = iter(grid.names(asked, set(names.values()), [key not in names for key in keys]))
     members = []
     for run, key in zip(asked, keys, strict=True):
         name = names[key] if key in names else next(new)

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from monosem import artifacts
+from monosem import artifacts, variants
 from monosem.config import SweepConfig, TrainConfig, activation_facts, changed_fields, from_dict, to_dict
 
 _OWNED = {"out": "it follows from the sweep's --out and the run's name", "save_every_s": "give --save-every-s"}
@@ -79,7 +79,9 @@ def _run(config: SweepConfig, base: dict[str, Any], change: Any) -> TrainConfig:
         raise ValueError(f"no store for {change} in {config.grid}; give --store, or store in its base")
     defaults = TrainConfig(out="", store="", save_every_s=config.save_every_s)
     try:
-        return from_dict(TrainConfig, {**to_dict(defaults), **given, "store": store})
+        run = from_dict(TrainConfig, {**to_dict(defaults), **given, "store": store})
+        variants.resolve_options(run.activation, run.activation_options, run.n_latents)
+        return run
     except ValueError as error:
         raise ValueError(f"{config.grid}, run {json.dumps(change)}: {error}") from None
 

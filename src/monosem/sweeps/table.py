@@ -19,18 +19,9 @@ from monosem.config import TrainConfig, activation_facts
 from monosem.evals import reconstruction
 from monosem.evals.bootstrap import clusters_of
 from monosem.model import WEIGHTS_FILE, Autoencoder
+from monosem.scaling.tables import COLUMNS
 from monosem.training import SAMPLE_TOKENS, SELECTION_TOKENS, Run
 from monosem.types import SparseLatents
-
-COLUMNS = (
-    *("run", "activation", "n_latents", "k", "lr", "sparsity_coef", "activation_options", "tied_init", "auxk"),
-    *("batch_size", "ema", "seed", "data_seed", "n_tokens", "tokens", "distinct_tokens", "epochs"),
-    *("flops", "flops_dense_equivalent", "normalized_mse", "normalized_mse_low", "normalized_mse_high", "l0"),
-    *("dead_fraction", "dead_window_tokens", "never_fired_fraction", "weights", "kernel_s", "wall_s", "impl"),
-    *("subject", "layer", "location", "d_model", "finished", "status", "config_hash", "store_hash", "commit"),
-    *("checkpoint", "date"),
-)
-"""docs/formats.md says what each is."""
 
 SELECTION_STRIDE = SAMPLE_TOKENS // SELECTION_TOKENS
 """Of the sample that weights start from, every so manieth token chooses between raw and averaged weights midway."""
