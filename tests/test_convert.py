@@ -129,9 +129,32 @@ def test_without_normalize_it_reads_raw_activations() -> None:
         torch.testing.assert_close(autoencoder(ROWS), module.decode(module.encode(ROWS)), atol=1e-4, rtol=1e-4)
 
 
-def test_a_number_that_needs_the_encoder_is_refused() -> None:
-    with pytest.raises(ValueError, match="not a finite number"):
+@STUBS
+def test_encode_keeps_the_k_largest(stub: type[nn.Module]) -> None:
+    x = normalize(ROWS)[0]
+    latents = wrapped(stub()).encode(x, k=2)
+    torch.testing.assert_close(latents.values, OURS.encode(x, k=2).values, atol=1e-5, rtol=1e-5)
+    assert latents.indices.shape == (len(ROWS), 2)
+
+
+def test_what_needs_pre_activations_is_refused() -> None:
+    x = normalize(ROWS)[0]
+    for choice, message in (
+        ({"k": K + 1}, "k is 5, but a wrapped SaeLensLike gives only its own 4 latents"),
+        ({"threshold": 0.5}, "does not tell its pre-activations, so it has no threshold; give k"),
+        ({"k": 1, "threshold": 0.5}, "give one of them"),
+        ({"k": 0}, "give a number of latents from 1 to 30"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrapped(SaeLensLike()).encode(x, **choice)
+    with pytest.raises(ValueError, match="gives only its own 4 latents"):
         progressive.metrics_on_activations(wrapped(SaeLensLike()), ROWS, CLUSTERS, 0.5, **OPTIONS)
+
+
+def test_relu_keeps_any_k() -> None:
+    autoencoder = convert.wrap(SaeLensLike(k=None), D_MODEL)
+    latents = autoencoder.encode(ROWS, k=N_LATENTS)
+    assert torch.equal(latents.values, autoencoder.encode(ROWS).values)
 
 
 def test_wrap_says_what_does_not_fit(tmp_path: Path) -> None:

@@ -94,3 +94,19 @@ def test_a_folder_without_tasks_is_said_before_eval_json_is_written(run: EvalCon
     with pytest.raises(ValueError, match=r"has no \.csv file; give a folder of them"):
         evaluate(dataclasses.replace(run, tasks=str(tmp_path)))
     assert not (Path(run.run) / "eval.json").exists()
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+def test_activations_without_k_are_judged_without_progressive_recovery(
+    activation: str, run: EvalConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """jumprelu has extras (thresholds), so this is also the suite on an autoencoder that is more than its weights."""
+    caplog.set_level(logging.INFO, "monosem")
+    config = TrainConfig(
+        out=str(tmp_path), store=str(Path(run.run) / "store"), activation=activation, sparsity_coef=1e-3
+    )
+    train(dataclasses.replace(config, n_latents=48, n_tokens=3000, batch_size=100))
+    metrics = evaluate(dataclasses.replace(run, run=str(tmp_path)))["metrics"]
+    assert {name for name in NAMES if not name.startswith("progressive")} <= set(metrics)
+    assert not [name for name in metrics if name.startswith("progressive")]
+    assert f"progressive recovery is left out: activation {activation} has no k" in caplog.text

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from monosem.kernels import torch_sparse
-from monosem.model import Autoencoder, AutoencoderConfig, NormStats, denormalize
+from monosem.model import Autoencoder, AutoencoderConfig, NormStats, check_choice, denormalize
 from monosem.types import SparseLatents, Weights
 
 _ROWS_AT_ONCE = 1024
@@ -90,15 +90,27 @@ class Wrapped(Autoencoder):
         raw = raw.float()
         return raw, NormStats(torch.zeros_like(raw[..., :1]), torch.ones_like(raw[..., :1]))
 
-    def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
-        """The module's active latents, the largest first. `ValueError` when one is negative."""
+    def encode(
+        self, x: Float[Tensor, "batch d_model"], *, k: int | None = None, threshold: float | None = None
+    ) -> SparseLatents:
+        """The module's active latents, or the `k` largest of them; the largest first.
+
+        `ValueError` when one is negative, and for what only its pre-activations could tell: a `threshold`, or a `k`
+        above its own.
+        """
+        name, own = type(self.module).__name__, self.config
+        check_choice(own, k, threshold)
+        if threshold is not None:
+            raise ValueError(f"a wrapped {name} does not tell its pre-activations, so it has no threshold; give k")
+        if k is not None and own.activation == "topk" and k > own.k:
+            raise ValueError(f"k is {k}, but a wrapped {name} gives only its own {own.k} latents; give at most those")
         parts = [_sparse(self.module, part, self.config.n_latents) for part in x.split(_ROWS_AT_ONCE)]
         width = max(indices.shape[1] for indices, _ in parts)
         indices, values = (
             torch.cat([nn.functional.pad(part[which], (0, width - part[which].shape[1])) for part in parts])
             for which in (0, 1)
         )
-        return SparseLatents(indices, values, self.config.n_latents)
+        return SparseLatents(indices[:, :k], values[:, :k], own.n_latents)
 
     def forward(self, raw: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The reconstruction of raw activations, in their own space and dtype."""
