@@ -13,6 +13,7 @@ import pytest
 from monosem.activations import harvest
 from monosem.config import EvalConfig, HarvestConfig, TrainConfig
 from monosem.evals import evaluate, parts
+from monosem.evals.definitions import definition, sections
 from monosem.training import train
 from tiny import tiny_texts
 
@@ -69,6 +70,8 @@ def test_the_suite_gives_every_metric_with_n_and_interval(run: EvalConfig) -> No
     assert {"ablation", "probes", "explainability", "progressive", "latents"} <= set(report["tables"])
     assert len({row["task"] for row in report["tables"]["probes"]["tasks"]}) == 2
     assert json.loads((Path(run.run) / "eval.json").read_text())["metrics"] == report["metrics"]
+    assert [name for name in report["metrics"] if definition(name) is None] == []
+    assert "Others" not in sections(report["metrics"])
 
 
 def test_parts_that_are_done_are_not_done_again(

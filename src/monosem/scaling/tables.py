@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from monosem import artifacts
-from monosem.scaling.laws import library
+from monosem.charts import library
 
 COLUMNS = (
     *("run", "activation", "n_latents", "k", "lr", "sparsity_coef", "activation_options", "tied_init", "auxk"),
