@@ -168,7 +168,8 @@ def _glossary(evaluations: list[Evaluation]) -> str:
         "distributions as it is and with something in place of x. Intervals are of 95%: they say how a number would "
         "move on other text, latents or tasks of the same kind, not with another training seed."
     )
-    return f"<section><h2>Definitions</h2><p>{words}</p><details><summary>Every number</summary><dl>{rows}</dl></details></section>"
+    every = f"<details><summary>Every number</summary><dl>{rows}</dl></details>"
+    return f"<section><h2>Definitions</h2><p>{words}</p>{every}</section>"
 
 
 def _facts(evaluation: Evaluation) -> str:
