@@ -120,6 +120,8 @@ def test_several_autoencoders_stand_side_by_side_and_against_what_differs(tmp_pa
     assert [(s.label, s.x) for s in pictures["k"].series] == [
         ("topk, n_latents 64", [4.0, 8.0]), ("topk, n_latents 128", [4.0, 8.0])
     ]  # fmt: skip
+    plain = report._against("normalized_mse", evaluations[:4])
+    assert [s.label for s in plain[0].series] == ["k 4", "k 8"], "the activation function is said where it differs"
     assert report._against("normalized_mse", evaluations[:1]) == []
 
 

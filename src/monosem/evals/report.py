@@ -21,6 +21,7 @@ KIND = "evaluation"
 COLOURS = ("#3f7fd6", "#d9802b", "#2f9e73", "#c4487f", "#8a68d6", "#8a8f2f", "#2e9db0", "#b85c4a")
 """Legible on white and on black."""
 
+_MOST_TICKS = 10
 _MARK = "made by monosem eval --report"
 _ON_OPENING = """<script>
 for (const part of document.querySelectorAll("details"))
@@ -250,9 +251,10 @@ def _against(name: str, evaluations: list[Evaluation]) -> list[Picture]:
         if len({e.run[along] for e in own}) < 2:
             continue
         groups: dict[str, list[Evaluation]] = {}
+        mixed = len({e.run["activation"] for e in own}) > 1
         for e in sorted(own, key=lambda e: (e.run["activation"], e.run[by], e.run[along])):
-            at = f", {by} {e.run[by]:,}" if by != "k" or _has_k(e) else ""
-            groups.setdefault(f"{e.run['activation']}{at}", []).append(e)
+            label = [e.run["activation"]] * mixed + [f"{by} {e.run[by]:,}"] * (by != "k" or _has_k(e))
+            groups.setdefault(", ".join(label), []).append(e)
         series = [
             _series(label, [float(e.run[along]) for e in group], [e.metrics[name] for e in group], i)
             for i, (label, group) in enumerate(groups.items())
@@ -266,11 +268,13 @@ def _pictures(evaluation: Evaluation) -> dict[str, list[Picture]]:
     """The curves of one evaluation, by section."""
     found: dict[str, list[Picture]] = {}
     latents, metrics = evaluation.tables("latents"), evaluation.metrics
-    for name, x in (("by_position", "position in the context"), ("by_norm", "norm, raw")):
+    for name, x in (("by_position", "position in the context"), ("by_norm", "raw norm")):
         if curve := latents.get(name):
-            middle = [(low + high) / 2 for low, high in zip(curve["from"], curve["to"], strict=True)]
-            series = [Series("", middle, curve["normalized_mse"], "curve", 0, curve["low"], curve["high"])]
-            picture = Picture(name, f"Error by {x}", x, "normalized_mse", series, log_x=min(middle) > 0, log_y=False)
+            series = [Series("", curve["from"], curve["normalized_mse"], "curve", 0, curve["low"], curve["high"])]
+            at = f"{x}, from"
+            picture = Picture(
+                name, f"Error by {x}", at, "normalized_mse", series, log_x=min(curve["from"]) > 0, log_y=False
+            )
             found.setdefault("Reconstruction", []).append(picture)
     histogram = evaluation.manifest["histograms"]["density_log10"]
     edges = histogram["edges"]
@@ -326,12 +330,20 @@ def _charts(pictures: list[Picture], prefix: str) -> str:
             plot_bgcolor="rgba(0,0,0,0)", showlegend=several,
             legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         )  # fmt: skip
-        drawn.update_xaxes(automargin=True, nticks=7)
+        drawn.update_xaxes(automargin=True, nticks=7, **_ticks(picture))
         drawn.update_yaxes(automargin=True, nticks=6)
         chart = charts.div(drawn, f"{prefix}-{picture.name}", config={"responsive": True, "displayModeBar": False})
         note = f"<br><small>{html.escape(picture.note)}</small>" if picture.note else ""
         found.append(f"<figure><figcaption>{html.escape(picture.title)}{note}</figcaption>{chart}</figure>")
     return f'<div class="charts">{"".join(found)}</div>' if found else ""
+
+
+def _ticks(picture: Picture) -> dict[str, Any]:
+    """Ticks at the measured x where these are few and far apart on a logarithmic axis; plotly's own otherwise."""
+    x = sorted({x for series in picture.series for x in series.x if series.mode == "curve"})
+    if not picture.log_x or not x or len(x) > _MOST_TICKS or any(b < 1.4 * a for a, b in itertools.pairwise(x)):
+        return {}
+    return {"tickvals": x, "ticktext": [_number(value) for value in x]}
 
 
 def _has_k(evaluation: Evaluation) -> bool:
@@ -355,7 +367,7 @@ def _text(metric: dict[str, Any]) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.4g}"
 
 
 def _plain(value: Any) -> str:
