@@ -36,24 +36,24 @@ DEFINITIONS: dict[str, str] = {
     "compute_equivalent": "share of the subject's pretraining compute with which a published loss law reaches the "
     "loss after delta_ce; modelled",
     "refined_normalized_mse": "normalized_mse with the magnitudes ≥ 0 that rebuild x best from the same active latents",
-    "unrefined_normalized_mse": "normalized_mse of the same tokens",
+    "unrefined_normalized_mse": "normalized_mse of the tokens of refined_normalized_mse",
     "shrinkage": "mean of c/z − 1, c the refined and z the original activation; positive where activations are shrunk",
     "refinement_slope": "Σ c·z / Σ z² over active latents; 1 without shrinkage",
     "progressive_{quantity}_k{k}": "{quantity} of x rebuilt from its {k} largest pre-activations",
     "progressive_{quantity}_threshold": "{quantity} of x rebuilt from every pre-activation above one threshold, which "
     "lets k a token pass on training tokens",
-    "progressive_l0_threshold": "mean number of pre-activations above that threshold on the evaluated tokens",
+    "progressive_l0_threshold": "mean number of pre-activations above the one threshold on the evaluated tokens",
     "ablation_sparsity": "mean (‖δ‖₁/‖δ‖₂)²/(vocab·T), δ the change of the next T tokens' logits when one active "
     "latent is taken out: the share of logits it moves; 1 when all move alike",
-    "ablation_sparsity_channels": "the same for a random channel of the residual stream",
-    "ablation_sparsity_random_directions": "the same for a random direction, the change as long as the latent's",
-    "ablation_sparsity_random_dictionary": "the same for one of the directions most active in a random dictionary",
+    "ablation_sparsity_channels": "ablation_sparsity of a random channel of the residual stream",
+    "ablation_sparsity_random_directions": "ablation_sparsity of a random direction, as long as the latent's change",
+    "ablation_sparsity_random_dictionary": "ablation_sparsity of a direction most active in a random dictionary",
     "probe_loss": "held-out cross-entropy of the logistic probe on the latent that was best on the other half, mean "
     "over tasks",
-    "probe_accuracy": "of the same probe: share of held-out texts guessed right",
-    "probe_auc": "of the same probe: probability that a text of label 1 scores above one of label 0",
-    "probe_loss_train": "its cross-entropy where it was chosen: the minimum over latents, which flatters",
-    "probe_loss_null": "that minimum when the labels are shuffled",
+    "probe_accuracy": "of the probe of probe_loss: share of held-out texts guessed right",
+    "probe_auc": "of the probe of probe_loss: probability that a text of label 1 scores above one of label 0",
+    "probe_loss_train": "cross-entropy of the probe of probe_loss where it was chosen: a minimum, which flatters",
+    "probe_loss_null": "probe_loss_train when the labels are shuffled",
     "probe_selection_bias": "entropy of the labels minus probe_loss_null: what taking the best of n finds in nothing",
     "probe_loss_channels": "probe_loss among the channels of the normalised activation",
     "probe_loss_random_directions": "probe_loss among random directions, as many as there are latents",
@@ -77,7 +77,7 @@ DEFINITIONS: dict[str, str] = {
     "explanation_{quantity}_zero{share}": "{quantity} with latents set to 0{share}",
     "explanation_{quantity}{share}": "{quantity} with latents replaced by what their N2G rules predict{share}",
     "detection_balanced_accuracy": "does the latent fire in this text? a judge's mean of right yes and right no",
-    "fuzzing_balanced_accuracy": "are the marked tokens ones on which the latent fires? the same mean",
+    "fuzzing_balanced_accuracy": "does the latent fire on the marked tokens? a judge's mean of right yes and right no",
 }
 """Name -> definition; a name in braces stands for what `_FIELDS` lets it be. The first that fits is meant."""
 
@@ -101,7 +101,7 @@ _SECTIONS = {
 """Title -> the names that belong there; the first that fits."""
 
 _BESIDE = {
-    "normalized_mse": {"trained on": "normalized_mse_train", "PCA, k directions": "pca_normalized_mse"},
+    "normalized_mse": {"training tokens": "normalized_mse_train", "PCA, k directions": "pca_normalized_mse"},
     "delta_ce|kl": {
         "PCA, k directions": "{0}_pca", "mean ablation": "{0}_mean_ablation", "zero ablation": "{0}_zero_ablation"
     },
