@@ -92,7 +92,7 @@ class Judged:
         self, config: EvalConfig, autoencoder: Autoencoder, store: ActivationStore, device: torch.device
     ) -> None:
         self.config, self.autoencoder, self.store, self.device = config, autoencoder, store, device
-        self.options = {"n_resamples": config.n_bootstrap, "seed": config.seed}
+        self.options: dict[str, Any] = {"n_resamples": config.n_bootstrap, "seed": config.seed}
 
     @cached_property
     def subject(self) -> Subject:

@@ -266,39 +266,43 @@ def _against(name: str, evaluations: list[Evaluation]) -> list[Picture]:
 
 def _pictures(evaluation: Evaluation) -> dict[str, list[Picture]]:
     """The curves of one evaluation, by section."""
-    found: dict[str, list[Picture]] = {}
-    latents, metrics = evaluation.tables("latents"), evaluation.metrics
+    metrics, others = evaluation.metrics, evaluation.tables("progressive").get("curve", {})
+    return {
+        "Reconstruction": _errors(evaluation.tables("latents")),
+        "Latents": [_densities(evaluation.manifest["histograms"]["density_log10"])],
+        "Other sparsities": [_other_k(quantity, curve, metrics) for quantity, curve in others.items()],
+        "Explanations": [p for quantity in ("delta_ce", "kl") if (p := _explained(quantity, metrics))],
+    }
+
+
+def _errors(tables: dict[str, Any]) -> list[Picture]:
+    """The error by position and by norm."""
+    found = []
     for name, x in (("by_position", "position in the context"), ("by_norm", "raw norm")):
-        if curve := latents.get(name):
-            series = [Series("", curve["from"], curve["normalized_mse"], "curve", 0, curve["low"], curve["high"])]
-            at = f"{x}, from"
-            picture = Picture(
-                name, f"Error by {x}", at, "normalized_mse", series, log_x=min(curve["from"]) > 0, log_y=False
-            )
-            found.setdefault("Reconstruction", []).append(picture)
-    histogram = evaluation.manifest["histograms"]["density_log10"]
-    edges = histogram["edges"]
-    middle = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
-    note = f"{histogram['never']:,} fired on none of {histogram['n_tokens']:,} tokens"
-    series = [Series("", middle, [float(n) for n in histogram["n_latents"]], "curve", 0)]
-    found["Latents"] = [
-        Picture("density", "Densities", "log10(density)", "latents a bin", series, note, log_x=False, log_y=False)
-    ]
-    for quantity, curve in evaluation.tables("progressive").get("curve", {}).items():
-        k = [float(k) for k in curve["k"]]
-        series = [Series("k' largest", k, curve["value"], "curve", 0, curve["low"], curve["high"])]
-        if at := metrics.get(f"progressive_{quantity}_threshold"):
-            l0 = metrics["progressive_l0_threshold"]["value"]
-            series.append(Series("one threshold", [l0], [at["value"]], "points", 1, [at["low"]], [at["high"]]))
-        unit = at["unit"] if at else ""
-        picture = Picture(
-            f"progressive-{quantity}", f"{quantity} at other k", "latents a token", unit, series, log_y=False
-        )
-        found.setdefault("Other sparsities", []).append(picture)
-    for quantity in ("delta_ce", "kl"):
-        if picture := _explained(quantity, metrics):
-            found.setdefault("Explanations", []).append(picture)
+        if curve := tables.get(name):
+            start, y = curve["from"], curve["normalized_mse"]
+            series = [Series("", start, y, "curve", 0, curve["low"], curve["high"])]
+            scales = {"log_x": min(start) > 0, "log_y": False}
+            found.append(Picture(name, f"Error by {x}", f"{x}, from", "normalized_mse", series, **scales))
     return found
+
+
+def _densities(histogram: dict[str, Any]) -> Picture:
+    middle = [(low + high) / 2 for low, high in itertools.pairwise(histogram["edges"])]
+    series = [Series("", middle, [float(n) for n in histogram["n_latents"]], "curve", 0)]
+    note = f"{histogram['never']:,} fired on none of {histogram['n_tokens']:,} tokens"
+    return Picture("density", "Densities", "log10(density)", "latents a bin", series, note, log_x=False, log_y=False)
+
+
+def _other_k(quantity: str, curve: dict[str, list[float]], metrics: dict[str, dict[str, Any]]) -> Picture:
+    """The quantity against k', and at the one threshold."""
+    k = [float(k) for k in curve["k"]]
+    series = [Series("k' largest", k, curve["value"], "curve", 0, curve["low"], curve["high"])]
+    at = metrics[f"progressive_{quantity}_threshold"]
+    l0 = metrics["progressive_l0_threshold"]["value"]
+    series.append(Series("one threshold", [l0], [at["value"]], "points", 1, [at["low"]], [at["high"]]))
+    title_ = f"{quantity} at other k"
+    return Picture(f"progressive-{quantity}", title_, "latents a token", at["unit"], series, log_y=False)
 
 
 def _explained(quantity: str, metrics: dict[str, dict[str, Any]]) -> Picture | None:
