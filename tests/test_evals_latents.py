@@ -30,9 +30,9 @@ class Planted(Autoencoder):
         super().__init__(AutoencoderConfig(D_MODEL, N_LATENTS, 4), weights)
         self.rebuild, self.x = rebuild, torch.empty(0)
 
-    def encode(self, x: Tensor) -> SparseLatents:
+    def encode(self, x: Tensor, *, k: int | None = None, threshold: float | None = None) -> SparseLatents:
         self.x = x
-        return super().encode(x)
+        return super().encode(x, k=k, threshold=threshold)
 
     def decode(self, latents: SparseLatents) -> Tensor:
         return self.rebuild(self.x)
