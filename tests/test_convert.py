@@ -1,15 +1,16 @@
-"""Foreign autoencoders as ours: stubs with the interfaces of three libraries, and what is refused."""
+"""Foreign autoencoders as ours, and ours as theirs: stubs with the interfaces of the libraries, and what is refused."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from monosem import convert
+from monosem import convert, variants
 from monosem.evals import latents, progressive, reconstruction, refinement
 from monosem.model import Autoencoder, AutoencoderConfig, initial_weights, normalize
 
@@ -129,9 +130,32 @@ def test_without_normalize_it_reads_raw_activations() -> None:
         torch.testing.assert_close(autoencoder(ROWS), module.decode(module.encode(ROWS)), atol=1e-4, rtol=1e-4)
 
 
-def test_a_number_that_needs_the_encoder_is_refused() -> None:
-    with pytest.raises(ValueError, match="not a finite number"):
+@STUBS
+def test_encode_keeps_the_k_largest(stub: type[nn.Module]) -> None:
+    x = normalize(ROWS)[0]
+    latents = wrapped(stub()).encode(x, k=2)
+    torch.testing.assert_close(latents.values, OURS.encode(x, k=2).values, atol=1e-5, rtol=1e-5)
+    assert latents.indices.shape == (len(ROWS), 2)
+
+
+def test_what_needs_pre_activations_is_refused() -> None:
+    x = normalize(ROWS)[0]
+    for choice, message in (
+        ({"k": K + 1}, "k is 5, but a wrapped SaeLensLike gives only its own 4 latents"),
+        ({"threshold": 0.5}, "does not tell its pre-activations, so it has no threshold; give k"),
+        ({"k": 1, "threshold": 0.5}, "give one of them"),
+        ({"k": 0}, "give a number of latents from 1 to 30"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrapped(SaeLensLike()).encode(x, **choice)
+    with pytest.raises(ValueError, match="gives only its own 4 latents"):
         progressive.metrics_on_activations(wrapped(SaeLensLike()), ROWS, CLUSTERS, 0.5, **OPTIONS)
+
+
+def test_relu_keeps_any_k() -> None:
+    autoencoder = convert.wrap(SaeLensLike(k=None), D_MODEL)
+    latents = autoencoder.encode(ROWS, k=N_LATENTS)
+    assert torch.equal(latents.values, autoencoder.encode(ROWS).values)
 
 
 def test_wrap_says_what_does_not_fit(tmp_path: Path) -> None:
@@ -159,3 +183,62 @@ def test_wrap_says_what_does_not_fit(tmp_path: Path) -> None:
         convert.wrap(Signed(), D_MODEL).encode(ROWS)
     with pytest.raises(ValueError, match="cannot be saved"):
         wrapped(SaeLensLike()).save(tmp_path)
+
+
+SITE = {"model": "gpt2", "revision": None, "layer": 3, "location": "resid_post_mlp"}
+
+
+def known(activation: str = "topk") -> Autoencoder:
+    extras = variants.initial_extras(activation, OURS.weights)
+    return Autoencoder(AutoencoderConfig(D_MODEL, N_LATENTS, K, activation), OURS.weights, {"site": SITE}, extras)
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu", "jumprelu", "gated"])
+def test_exposed_encodes_and_decodes_raw_activations_as_ours(activation: str) -> None:
+    autoencoder = known(activation)
+    module = convert.expose(autoencoder)
+    raw = ROWS.view(9, 10, -1)
+    dense = module.encode(raw)
+    latents = autoencoder.encode(normalize(ROWS)[0])
+    assert dense.shape == (9, 10, N_LATENTS)
+    assert torch.equal((dense > 0).sum(-1).flatten(), (latents.values > 0).sum(1))
+    torch.testing.assert_close(dense.sum(-1).flatten(), latents.values.sum(1))
+    torch.testing.assert_close(module.decode(dense), autoencoder(raw), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(module(ROWS), autoencoder(ROWS), atol=1e-5, rtol=1e-5)
+
+
+def test_exposed_is_what_an_evaluation_does_with_it() -> None:
+    """In the order of SAEBench's core: settings completed, dtype chosen, latents of a batch, then weights."""
+    module: Any = convert.expose(known(), model_name="other")
+    cfg = module.cfg
+    assert (cfg.model_name, cfg.hook_name, cfg.hook_layer) == ("other", "blocks.3.hook_resid_post", 3)
+    cfg.architecture_str, cfg.metadata = cfg.architecture, object()
+    assert json.loads(json.dumps(cfg.to_dict()))["d_sae"] == N_LATENTS and "metadata" not in cfg.to_dict()
+    before = module(ROWS)
+    module = module.to(device="cpu", dtype=torch.bfloat16)
+    assert (module.device.type, module.dtype) == ("cpu", torch.bfloat16)
+    assert module(ROWS.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(module(ROWS), before), "latents are computed in float32"
+    assert module.W_enc.shape == module.W_dec.T.shape == (cfg.d_in, cfg.d_sae)
+    assert (module.b_enc.shape, module.b_dec.shape) == ((cfg.d_sae,), (cfg.d_in,))
+    torch.testing.assert_close(module.W_dec.float().norm(dim=1), torch.ones(N_LATENTS), atol=1e-2, rtol=0)
+    assert torch.zeros(cfg.d_sae, device=module.device).shape == module.encode(ROWS[0][None])[0].shape
+
+
+def test_exposed_decodes_only_what_it_encoded_last() -> None:
+    module = convert.expose(known())
+    with pytest.raises(
+        ValueError, match=r"decode of tokens \(3,\), but encode last saw None; encode those tokens first"
+    ):
+        module.decode(torch.zeros(3, N_LATENTS))
+    module.encode(ROWS)
+    with pytest.raises(ValueError, match=r"decode of tokens \(3,\), but encode last saw \(90,\)"):
+        module.decode(torch.zeros(3, N_LATENTS))
+
+
+def test_expose_says_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="model_name does not follow from this autoencoder's provenance"):
+        convert.expose(OURS)
+    with pytest.raises(ValueError, match="hook_name does not follow"):
+        convert.expose(OURS, model_name="gpt2")
+    assert convert.expose(OURS, model_name="gpt2", hook_name="blocks.7.hook_mlp_out").cfg.hook_layer == 7

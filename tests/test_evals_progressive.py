@@ -54,14 +54,14 @@ def test_matched_threshold_lets_k_a_token_pass(k: int) -> None:
     x = normalize(OTHER_ROWS)[0]
     pre_acts = (x - autoencoder.weights.pre_bias) @ autoencoder.weights.encoder.T + autoencoder.weights.latent_bias
     assert (pre_acts > threshold + 1e-5).sum() <= 100 * k <= (pre_acts > threshold - 1e-5).sum()
-    latents = progressive.encode_above(autoencoder, x, threshold)
+    latents = autoencoder.encode(x, threshold=threshold)
     assert (latents.values > 0).sum() == 100 * k
 
 
 def test_a_threshold_finds_more_than_8k_latents_where_a_token_has_them() -> None:
     autoencoder = autoencoder_at(1)
     x = normalize(ROWS)[0]
-    latents = progressive.encode_above(autoencoder, x, 0.0)
+    latents = autoencoder.encode(x, threshold=0.0)
     pre_acts = (x - autoencoder.weights.pre_bias) @ autoencoder.weights.encoder.T + autoencoder.weights.latent_bias
     assert (latents.values > 0).sum(1).tolist() == (pre_acts > 0).sum(1).tolist()
     assert (pre_acts > 0).sum(1).max() > 8
@@ -87,7 +87,7 @@ def test_downstream_at_k_is_that_of_the_autoencoder_and_at_the_threshold_of_its_
 
     def above(raw: torch.Tensor, _: slice) -> torch.Tensor:
         x, stats = normalize(raw)
-        recons = autoencoder.decode(progressive.encode_above(autoencoder, x.flatten(0, 1), 0.8))
+        recons = autoencoder.decode(autoencoder.encode(x.flatten(0, 1), threshold=0.8))
         return recons.view_as(x) * stats.std + stats.mean
 
     clusters = torch.arange(10)

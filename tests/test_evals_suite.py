@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import statistics
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from monosem.activations import harvest
 from monosem.config import EvalConfig, HarvestConfig, TrainConfig
 from monosem.evals import evaluate, parts
+from monosem.evals.definitions import definition, sections
 from monosem.training import train
 from tiny import tiny_texts
 
@@ -70,6 +72,8 @@ def test_the_suite_gives_every_metric_with_n_and_interval(run: EvalConfig) -> No
     assert {"ablation", "probes", "explainability", "progressive", "latents"} <= set(report["tables"])
     assert len({row["task"] for row in report["tables"]["probes"]["tasks"]}) == 2
     assert json.loads((Path(run.run) / "eval.json").read_text())["metrics"] == report["metrics"]
+    assert [name for name in report["metrics"] if definition(name) is None] == []
+    assert "Others" not in sections(report["metrics"])
 
 
 def test_parts_that_are_done_are_not_done_again(
@@ -81,16 +85,14 @@ def test_parts_that_are_done_are_not_done_again(
     (Path(run.run) / "eval.json").unlink()
     (Path(run.run) / "eval" / "refinement.json").unlink()
     done: list[str] = []
+    parts_as_they_are = dict(parts.PARTS)
 
-    def counted(name: str, part: Callable[..., parts.Part]) -> Callable[..., parts.Part]:
-        def count(*arguments: object, **sizes: int) -> parts.Part:
-            done.append(name)
-            return part(*arguments, **sizes)
+    def counted(name: str, *args: Any, **sizes: int) -> parts.Part:
+        done.append(name)
+        return parts_as_they_are[name](*args, **sizes)
 
-        return count
-
-    for name, part in list(parts.PARTS.items()):
-        monkeypatch.setitem(parts.PARTS, name, counted(name, part))
+    for name in parts.PARTS:
+        monkeypatch.setitem(parts.PARTS, name, functools.partial(counted, name))
     assert evaluate(run)["metrics"] == report["metrics"]
     assert done == ["refinement"]
     done.clear()
@@ -103,3 +105,19 @@ def test_a_folder_without_tasks_is_said_before_eval_json_is_written(run: EvalCon
     with pytest.raises(ValueError, match=r"has no \.csv file; give a folder of them"):
         evaluate(dataclasses.replace(run, tasks=str(tmp_path)))
     assert not (Path(run.run) / "eval.json").exists()
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+def test_activations_without_k_are_judged_without_progressive_recovery(
+    activation: str, run: EvalConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """jumprelu has extras (thresholds), so this is also the suite on an autoencoder that is more than its weights."""
+    caplog.set_level(logging.INFO, "monosem")
+    config = TrainConfig(
+        out=str(tmp_path), store=str(Path(run.run) / "store"), activation=activation, sparsity_coef=1e-3
+    )
+    train(dataclasses.replace(config, n_latents=48, n_tokens=3000, batch_size=100))
+    metrics = evaluate(dataclasses.replace(run, run=str(tmp_path)))["metrics"]
+    assert {name for name in NAMES if not name.startswith("progressive")} <= set(metrics)
+    assert not [name for name in metrics if name.startswith("progressive")]
+    assert f"progressive recovery is left out: activation {activation} has no k" in caplog.text

@@ -16,7 +16,7 @@ PACKAGE = Path(monosem.__file__).parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "artifacts", "logs"),
-    ("resources",),
+    ("resources", "charts"),
     ("types",),
     ("losses",),
     ("kernels",),
@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 """Lowest first. A module imports lower layers and its own package only: neither siblings nor anything higher."""
 
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
-TORCH_FREE = ("config", "artifacts", "logs", "resources")
+TORCH_FREE = ("config", "artifacts", "logs", "resources", "charts")
 HEAVY = {"accelerate", "datasets", "gguf", "matplotlib", "plotly", "pyarrow", "scipy", "transformers"}
 TORCH_FREE_BANS = HEAVY | {"torch", "numpy"}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

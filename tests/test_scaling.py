@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import runs_table
-from monosem import cli
+from monosem import charts, cli
 from monosem.config import PlanConfig, ScaleConfig
 from monosem.scaling import costs, fit, laws, plan, questions, scale, tables
 from runs_table import D_MODEL, KS, PLANTED, SIZES, TOKENS, planted_compute, row, rows, write
@@ -371,7 +371,7 @@ def test_figures_are_drawn_and_the_same_bytes_twice(tmp_path: Path) -> None:
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"nolib is not installed.*pip install 'monosem\[lab\]'"):
-        laws.library("nolib.submodule")
+        charts.library("nolib.submodule")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
     with pytest.raises(ValueError, match=r"pyarrow is not installed.*pip install 'monosem\[hub\]'"):

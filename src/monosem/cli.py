@@ -10,11 +10,13 @@ import contextlib
 import dataclasses
 import errno
 import io
+import itertools
 import json
 import logging
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -45,6 +47,7 @@ usage: monosem COMMAND [--config FILE.json] [flags]
   train     activations -> autoencoder
   sweep     activations -> many autoencoders, on one stream
   eval RUN  autoencoder -> numbers on held-out text        (--json: one JSON object on stdout)
+            several RUNs, --report PAGE.html: a page to read, and its table as PAGE.md
   explain RUN  what each latent fires on, votes for and is near to, as columns in RUN/explain
   scale DIR table of runs -> scaling laws and figures      (--json)
   plan      a budget or a goal -> n, k, tokens, hours, bytes by those laws, and a prediction to check   (--json)
@@ -109,14 +112,21 @@ def _stage(name: str, argv: list[str]) -> int:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     own.add_argument("--config")
     own.add_argument("--json", action="store_true")
+    own.add_argument("--report")
     try:
         ours, rest = own.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise ValueError(f"{error} (monosem {name} --help)") from None
     if ours.json and name not in _WITH_JSON:
         raise ValueError(f"--json has no effect on `monosem {name}`; leave it out")
+    if ours.report is not None and name != "eval":
+        raise ValueError(f"--report has no effect on `monosem {name}`; leave it out")
+    more: list[str] = []
     if name in _POSITIONAL and rest and not rest[0].startswith("-"):
-        rest = [f"--{_POSITIONAL[name]}", *rest]
+        given = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
+        more, rest = given[1:], [f"--{_POSITIONAL[name]}", given[0], *rest[len(given) :]]
+        if more and name != "eval":
+            raise ValueError(f"`monosem {name}` takes one {_POSITIONAL[name]}, not {', '.join(given)}")
     stage = _parse(name, _STAGES[name], ours.config, rest)
     if name == "harvest":
         from monosem.activations import harvest
@@ -149,27 +159,43 @@ def _stage(name: str, argv: list[str]) -> int:
 
         found = plan.check(stage) if stage.check else plan.plan(stage)
         print(json.dumps(found) if ours.json else plan.text(found))
+    elif name == "eval":
+        _eval([stage, *(dataclasses.replace(stage, run=run) for run in more)], ours.report, as_json=ours.json)
     else:
-        _report(name, stage, as_json=ours.json)
+        _run(stage, as_json=ours.json)
     return 0
 
 
-def _report(name: str, stage: Any, *, as_json: bool) -> None:
+def _eval(stages: list[config.EvalConfig], report: str | None, *, as_json: bool) -> None:
     from monosem.evals import evaluate, table
+    from monosem.evals import report as reports
 
-    if name == "eval":
-        report = evaluate(stage)
+    runs = [stage.run for stage in stages]
+    labels = reports.labels(runs)
+    if report is not None:
+        reports.check(report)  # before the hours that it may take to fill it
+    found = dict(zip(labels, map(evaluate, stages), strict=True))
+    if report is not None:
+        reports.write(reports.read(runs), report)
+    if as_json:
+        print(json.dumps(found if len(runs) > 1 else found[labels[0]]))
+    elif report is not None:
+        print(f"report of {', '.join(labels)}: {report} (its table: {Path(report).with_suffix('.md')})")
     else:
-        from monosem.main_job import run
+        print("\n\n".join(map(table, found.values())))
 
-        report = run(stage)
+
+def _run(stage: config.RunConfig, *, as_json: bool) -> None:
+    from monosem.evals import table
+    from monosem.main_job import run
+
+    report = run(stage)
     if as_json:
         print(json.dumps(report))
         return
     print(table(report))
-    if name == "run":
-        print("\nseconds: " + ", ".join(f"{k} {v:g}" for k, v in report["seconds"].items()))
-        print(f"everything is under {stage.out}; the released autoencoder is {stage.out}/autoencoder")
+    print("\nseconds: " + ", ".join(f"{k} {v:g}" for k, v in report["seconds"].items()))
+    print(f"everything is under {stage.out}; the released autoencoder is {stage.out}/autoencoder")
 
 
 def _parse(name: str, kind: type, config_file: str | None, argv: list[str]) -> Any:

@@ -1,17 +1,20 @@
-"""Autoencoders of other libraries, in the form that our evaluations read.
+"""Autoencoders of other libraries in the form that our evaluations read, and ours in the form that theirs do.
 
     autoencoder = convert.wrap(module, d_model=768)
     reconstruction.tally(autoencoder, blocks, clusters)
 
 `wrap` takes any module with `encode` and `decode`: those of SAELens and dictionary_learning (`encode(x)` gives every
 latent, `decode(z)` takes them) and of sparsify (`encode(x)` gives `top_acts` and `top_indices`, `decode` takes both).
+`expose` gives what SAEBench (`core`, `sparse_probing`) and sae-probes take.
 Nothing of those libraries is imported.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from monosem.kernels import torch_sparse
-from monosem.model import Autoencoder, AutoencoderConfig, NormStats, denormalize
+from monosem.model import Autoencoder, AutoencoderConfig, NormStats, check_choice, denormalize
 from monosem.types import SparseLatents, Weights
 
 _ROWS_AT_ONCE = 1024
@@ -93,16 +96,24 @@ class Wrapped(Autoencoder):
     def encode(
         self, x: Float[Tensor, "batch d_model"], *, k: int | None = None, threshold: float | None = None
     ) -> SparseLatents:
-        """The module's active latents, the largest first. `ValueError` when one is negative, or for k or threshold."""
-        if k is not None or threshold is not None:
-            raise ValueError(f"k={k}, threshold={threshold} have no meaning for a wrapped {type(self.module).__name__}")
+        """The module's active latents, or the `k` largest of them; the largest first.
+
+        `ValueError` when one is negative, and for what only its pre-activations could tell: a `threshold`, or a `k`
+        above its own.
+        """
+        name, own = type(self.module).__name__, self.config
+        check_choice(own, k, threshold)
+        if threshold is not None:
+            raise ValueError(f"a wrapped {name} does not tell its pre-activations, so it has no threshold; give k")
+        if k is not None and own.activation == "topk" and k > own.k:
+            raise ValueError(f"k is {k}, but a wrapped {name} gives only its own {own.k} latents; give at most those")
         parts = [_sparse(self.module, part, self.config.n_latents) for part in x.split(_ROWS_AT_ONCE)]
         width = max(indices.shape[1] for indices, _ in parts)
         indices, values = (
             torch.cat([nn.functional.pad(part[which], (0, width - part[which].shape[1])) for part in parts])
             for which in (0, 1)
         )
-        return SparseLatents(indices, values, self.config.n_latents)
+        return SparseLatents(indices[:, :k], values[:, :k], own.n_latents)
 
     def forward(self, raw: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The reconstruction of raw activations, in their own space and dtype."""
@@ -112,6 +123,112 @@ class Wrapped(Autoencoder):
 
     def save(self, folder: str | Path) -> None:
         raise ValueError(f"a wrapped {type(self.module).__name__} cannot be saved; save it with its own library")
+
+
+_HOOKS = {
+    "resid_post_mlp": "hook_resid_post",
+    "resid_post_attn": "hook_resid_mid",
+    "resid_delta_mlp": "hook_mlp_out",
+    "resid_delta_attn": "hook_attn_out",
+    "mlp_post_act": "mlp.hook_post",
+}
+"""Our locations as TransformerLens calls them, behind `blocks.LAYER.`."""
+
+
+class Settings(SimpleNamespace):
+    """What other libraries read off `cfg`: where the activations come from, and sizes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings that are plain data, for a result file."""
+        plain = str, int, float, bool, dict, list, tuple, type(None)
+        return {name: value for name, value in vars(self).items() if isinstance(value, plain)}
+
+
+def expose(
+    autoencoder: Autoencoder,
+    *,
+    model_name: str | None = None,
+    hook_name: str | None = None,
+    context_length: int = 128,
+) -> Exposed:
+    """`autoencoder` as a module that other libraries evaluate; it reads and writes raw activations.
+
+    `model_name` and `hook_name` are what TransformerLens calls the subject and the site; by default the name that the
+    subject had in training, and the site's. `ValueError` when neither is known.
+    """
+    site = autoencoder.provenance.get("site", {})
+    model_name = model_name or site.get("model")
+    if hook_name is None and site.get("location") in _HOOKS:
+        hook_name = f"blocks.{site['layer']}.{_HOOKS[site['location']]}"
+    layer = re.search(r"\d+", hook_name or "")
+    for name, value in (("model_name", model_name), ("hook_name", layer and hook_name)):
+        if not value:
+            raise ValueError(
+                f"{name} does not follow from this autoencoder's provenance; give it as TransformerLens does"
+            )
+    assert layer is not None
+    settings = autoencoder.config
+    cfg = Settings(
+        model_name=model_name, hook_name=hook_name, hook_layer=int(layer[0]), hook_head_index=None,
+        d_in=settings.d_model, d_sae=settings.n_latents, architecture=settings.activation, dtype="float32",
+        context_size=context_length, prepend_bos=True, exclude_special_tokens=None, normalize_activations="none",
+        model_from_pretrained_kwargs={}, dataset_trust_remote_code=False,
+    )  # fmt: skip
+    return Exposed(autoencoder, cfg)
+
+
+class Exposed(nn.Module):
+    """One of our autoencoders with the names and shapes of others: `encode` gives every latent, `decode` takes them.
+
+    `decode` gives back the mean and deviation of the tokens that `encode` saw last, so it is called right after it, on
+    as many tokens. W_enc, b_enc, W_dec and b_dec are there to be read; a change of them, or of their dtype, changes no
+    latent: those are computed in float32.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, cfg: Settings) -> None:
+        super().__init__()
+        weights = autoencoder.weights
+        tensors = {"W_enc": weights.encoder.T, "b_enc": weights.latent_bias, "W_dec": weights.decoder}
+        for name, tensor in {**tensors, "b_dec": weights.pre_bias}.items():
+            self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
+        self.cfg = cfg
+        self._own = (autoencoder,)  # in a tuple, so that .to(torch.bfloat16) does not round it
+        self._stats: NormStats | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @torch.no_grad()
+    def encode(self, raw: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_latents"]:
+        """Every latent's activation on raw activations, in their dtype."""
+        autoencoder = self._own[0].to(raw.device)
+        x, self._stats = autoencoder.normalize(raw)
+        latents = autoencoder.encode(x.flatten(0, -2))
+        dense = x.new_zeros(len(latents.values), latents.n_latents)
+        dense.scatter_add_(1, latents.indices.long(), latents.values)  # padding has the index 0 and the value 0
+        return dense.view(*raw.shape[:-1], latents.n_latents).to(raw.dtype)
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "*batch n_latents"]) -> Float[Tensor, "*batch d_model"]:
+        """Raw activations. `ValueError` unless the tokens are as many as `encode` saw last."""
+        if self._stats is None or self._stats.mean.shape[:-1] != latents.shape[:-1]:
+            seen = None if self._stats is None else tuple(self._stats.mean.shape[:-1])
+            raise ValueError(
+                f"decode of tokens {tuple(latents.shape[:-1])}, but encode last saw {seen}; encode those tokens first: "
+                "their mean and deviation are put back"
+            )
+        weights = self._own[0].to(latents.device).weights
+        recons = latents.float() @ weights.decoder + weights.pre_bias
+        return denormalize(recons, self._stats).to(latents.dtype)
+
+    def forward(self, raw: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The reconstruction of raw activations."""
+        return self.decode(self.encode(raw))
 
 
 def _sparse(module: nn.Module, x: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:

@@ -114,8 +114,7 @@ class Autoencoder(nn.Module):
         kept a number of latents, every pre-activation above `threshold` (Gao et al. 2024, section 5.3).
         """
         activation, weights = self.config.activation, self.weights
-        keeps_k = "k" in config.activation_facts(activation).uses
-        _check_choice(self.config, keeps_k, k, threshold)
+        keeps_k = check_choice(self.config, k, threshold)
         if threshold is not None:
             return torch_sparse.threshold_encode(x, weights, torch.full_like(weights.latent_bias, threshold))
         if k is not None and keeps_k:
@@ -232,16 +231,17 @@ def _checked_extras(activation: str, weights: Weights, extras: Extras) -> tuple[
     return tuple(wanted)
 
 
-def _check_choice(settings: AutoencoderConfig, keeps_k: bool, k: int | None, threshold: float | None) -> None:
+def check_choice(settings: AutoencoderConfig, k: int | None, threshold: float | None) -> bool:
+    """Whether training kept a number of latents; `ValueError` unless `encode` can mean this `k` or `threshold`."""
+    keeps_k = "k" in config.activation_facts(settings.activation).uses
     if k is not None and threshold is not None:
         raise ValueError(f"k is {k} and threshold is {threshold}; give one of them")
     if k is not None and not 1 <= k <= settings.n_latents:
         raise ValueError(f"k is {k}; give a number of latents from 1 to {settings.n_latents}")
-    if threshold is None:
-        return
-    if not keeps_k:
+    if threshold is not None and not keeps_k:
         raise ValueError(
             f"threshold has no meaning with activation={settings.activation}, which decides by size already; give k"
         )
-    if not threshold >= 0:
+    if threshold is not None and not threshold >= 0:
         raise ValueError(f"threshold is {threshold}; give a number of at least 0")
+    return keeps_k

@@ -17,16 +17,17 @@ import torch
 
 from monosem import artifacts
 from monosem.activations import ActivationStore
-from monosem.config import EvalConfig, activation_facts, to_dict
+from monosem.config import EvalConfig, to_dict
 from monosem.evals import reconstruction
 from monosem.evals.parts import PARTS, SIZES, Judged, reconstruction_part
+from monosem.evals.report import KIND, title
 from monosem.model import Autoencoder
 from monosem.run_folder import autoencoder_folder, open_run
 from monosem.types import Metric, resolve_device
 
 log = logging.getLogger("monosem")
 
-_KIND, _PART_KIND = "evaluation", "evaluation-part"
+_PART_KIND = "evaluation-part"
 _REPORT_KEYS = ("run", "metrics", "histograms", "tables")
 _MAY_CHANGE = ("run", "store", "device")
 """Fields of the config that say where, not what; the hashes of autoencoder and store stand for the first two."""
@@ -49,13 +50,13 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         settings = {name: value for name, value in to_dict(config).items() if name not in _MAY_CHANGE}
         sources = {"autoencoder": artifacts.sha256_file(folder / "config.json"), "store": store.hash}
         path = Path(config.run) / "eval.json"
-        if found := _finished(path, _KIND, settings, sources):
+        if found := _finished(path, KIND, settings, sources):
             log.info("%s is already of this autoencoder, store and config; skipped", path)
             return {key: found[key] for key in _REPORT_KEYS}
         judged = Judged(config, autoencoder, store, device)
         parts = {name: _part(name, judged, sources) for name in SIZES[config.suite]}
         report = _report(judged, parts)
-        artifacts.write_json(path, artifacts.manifest(_KIND, settings, sources, **report))
+        artifacts.write_json(path, artifacts.manifest(KIND, settings, sources, **report))
     return report
 
 
@@ -67,7 +68,7 @@ def table(report: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     name, value, interval, n, _ = widths
     lines = [f"{r[0]:<{name}}  {r[1]:>{value}}  {r[2]:<{interval}}  {r[3]:>{n}}  {r[4]}" for r in rows]
-    return "\n".join([_title(report["run"]), "", *lines])
+    return "\n".join([title(report["run"]), "", *lines])
 
 
 def on_activations(
@@ -134,14 +135,3 @@ def _facts(autoencoder: Autoencoder, store: ActivationStore) -> dict[str, Any]:
         **dataclasses.asdict(settings),
         **{name: provenance[name] for name in trained if name in provenance},
     }
-
-
-def _title(run: dict[str, Any]) -> str:
-    activation = run["activation"]
-    sparsity = f"{activation}, k {run['k']}" if "k" in activation_facts(activation).uses else activation
-    site = f"layer {run['site']['layer']} {run['site']['location']}"
-    parts = [run["subject"], site, f"{run['n_latents']:,} latents", sparsity]
-    if "tokens_seen" in run:
-        epochs = f"{run['tokens_seen'] / run['distinct_tokens']:.2f} epochs of {run['distinct_tokens']:,}"
-        parts.append(f"trained on {run['tokens_seen']:,} tokens ({epochs} distinct)")
-    return ", ".join(parts)

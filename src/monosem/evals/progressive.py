@@ -17,7 +17,6 @@ from torch import Tensor
 from monosem.evals import downstream
 from monosem.evals.bootstrap import as_metric, bootstrap, clusters_of, ratio
 from monosem.evals.reconstruction import ErrorSums
-from monosem.kernels import torch_sparse
 from monosem.logs import progress
 from monosem.model import Autoencoder
 from monosem.subject import Subject
@@ -35,21 +34,6 @@ def sizes(k: int, n_latents: int) -> list[int]:
     return sorted(size for size in powers | {k} if size <= min(_LARGEST * k, n_latents))
 
 
-def encode(autoencoder: Autoencoder, x: Float[Tensor, "batch d_model"], k: int) -> SparseLatents:
-    """The k largest pre-activations of each token, largest first, after the ReLU."""
-    return torch_sparse.topk_encode(x, autoencoder.weights, k)
-
-
-def encode_above(autoencoder: Autoencoder, x: Float[Tensor, "batch d_model"], threshold: float) -> SparseLatents:
-    """All pre-activations above `threshold` ≥ 0, as they are (not minus it); the others have value 0."""
-    width = min(_LARGEST * autoencoder.config.k, autoencoder.config.n_latents)
-    while True:
-        latents = encode(autoencoder, x, width)
-        if width == autoencoder.config.n_latents or not (latents.values[:, -1] > threshold).any():
-            return latents._replace(values=latents.values.where(latents.values > threshold, 0))
-        width = min(2 * width, autoencoder.config.n_latents)
-
-
 @torch.no_grad()
 def matched_threshold(autoencoder: Autoencoder, rows: Float[Tensor, "n_rows d_model"], k: int) -> float:
     """The threshold that on raw `rows` (training tokens, not the evaluated ones) lets k a token pass on average.
@@ -59,7 +43,7 @@ def matched_threshold(autoencoder: Autoencoder, rows: Float[Tensor, "n_rows d_mo
     n_passing, width = len(rows) * k, min(_LARGEST * k, autoencoder.config.n_latents)
     while True:
         parts = (_normalised(autoencoder, part) for part in rows.split(_ROWS_AT_ONCE))
-        values = torch.cat([encode(autoencoder, x, width).values for x in parts])
+        values = torch.cat([autoencoder.encode(x, k=width).values for x in parts])
         top = values.flatten().topk(min(n_passing + 1, values.numel())).values
         threshold = float(top[-1]) if len(top) == n_passing + 1 else 0.0
         if width == autoencoder.config.n_latents or not (values[:, -1] > threshold).any():
@@ -86,10 +70,10 @@ def metrics_on_activations(
     for start in progress(starts, "progressive", "tok", total=len(rows), each=_ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
         x = _normalised(autoencoder, rows[part])
-        latents = encode(autoencoder, x, every_k[-1])
+        latents = autoencoder.encode(x, k=every_k[-1])
         for k in every_k:
             errors[f"k{k}"].add(clusters[part], x, autoencoder.decode(_first(latents, k)))
-        above = encode_above(autoencoder, x, threshold)
+        above = autoencoder.encode(x, threshold=threshold)
         errors["threshold"].add(clusters[part], x, autoencoder.decode(above))
         active = (above.values > 0).sum(1).double().cpu()
         l0.index_add_(0, clusters[part], torch.stack([torch.ones_like(active), active], dim=1))
@@ -118,9 +102,9 @@ def metrics_downstream(
         def rebuild(raw: Tensor, _: slice) -> Tensor:
             if k == every_k[0]:
                 x, stats = autoencoder.normalize(raw)
-                kept[:] = x, stats, encode(autoencoder, x.flatten(0, 1), every_k[-1])
+                kept[:] = x, stats, autoencoder.encode(x.flatten(0, 1), k=every_k[-1])
             x, stats, latents = kept
-            chosen = encode_above(autoencoder, x.flatten(0, 1), threshold) if k is None else _first(latents, k)
+            chosen = _first(latents, k) if k is not None else autoencoder.encode(x.flatten(0, 1), threshold=threshold)
             return autoencoder.denormalize(autoencoder.decode(chosen).view_as(x), stats).to(raw.dtype)
 
         return rebuild

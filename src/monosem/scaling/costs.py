@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from monosem.scaling.laws import library
+from monosem.charts import library
 from monosem.scaling.tables import Point
 
 COSTS = {

@@ -8,40 +8,17 @@ from __future__ import annotations
 
 import functools
 import html
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from monosem import artifacts
+from monosem import artifacts, charts
+from monosem.charts import Picture, Series, library, shown
 from monosem.scaling.entry import theta
-from monosem.scaling.laws import DATA, JOINT, library, line, power
+from monosem.scaling.laws import DATA, JOINT, line, power
 
-_COLOURS = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#c8b020", "#d95f02", "#b2182b")
 _LINE_POINTS = 60
-
-
-class Series(NamedTuple):
-    """Points or a line; `colour` numbers what it belongs to."""
-
-    label: str
-    x: list[float]
-    y: list[float]
-    mode: Literal["points", "line", "curve"]
-    """curve: points joined by a thin line."""
-    colour: int
-
-
-class Picture(NamedTuple):
-    name: str
-    title: str
-    x: str
-    y: str
-    series: list[Series]
-    note: str
-    """Said under the title: the fit, or why there is none."""
-    log_y: bool = True
 
 
 def write(report: dict[str, Any], out: Path) -> None:
@@ -49,8 +26,7 @@ def write(report: dict[str, Any], out: Path) -> None:
     found = pictures(report)
     for picture in found:
         artifacts.write_atomic(out / "figures" / f"{picture.name}.png", functools.partial(_png, picture))
-    page = _page(found, report)
-    artifacts.write_atomic(out / "scaling.html", lambda path: _text(path, page))
+    charts.write_text(out / "scaling.html", _page(found, report))
 
 
 def pictures(report: dict[str, Any]) -> list[Picture]:
@@ -179,15 +155,6 @@ def _note(entry: dict[str, Any]) -> str:
     return f"{entry['formula']}: {values}; {n}"
 
 
-def _shown(series: list[Series]) -> Iterable[tuple[Series, str, bool]]:
-    """Each series with its colour, and whether its label is new (for the legend)."""
-    seen: set[str] = set()
-    for s in series:
-        colour = "#000000" if s.colour < 0 else _COLOURS[s.colour % len(_COLOURS)]
-        yield s, colour, bool(s.label) and s.label not in seen
-        seen.add(s.label)
-
-
 def _png(picture: Picture, path: Path) -> None:
     figure = library("matplotlib.figure").Figure(figsize=(7, 4.6), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -196,7 +163,7 @@ def _png(picture: Picture, path: Path) -> None:
         "line": {"lw": 1.2},
         "curve": {"lw": 0.7, "marker": ".", "ms": 4},
     }
-    for s, colour, new in _shown(picture.series):
+    for s, colour, new in shown(picture.series):
         axes.plot(s.x, s.y, color=colour, label=s.label if new else None, **styles[s.mode])
     if picture.series:
         axes.set_xscale("log")
@@ -209,27 +176,13 @@ def _png(picture: Picture, path: Path) -> None:
 
 
 def _page(found: list[Picture], report: dict[str, Any]) -> str:
-    graph, io = library("plotly.graph_objects"), library("plotly.io")
     parts = []
-    for i, picture in enumerate(found):
-        figure = graph.Figure()
-        for s, colour, new in _shown(picture.series):
-            mode = {"points": "markers", "line": "lines", "curve": "lines+markers"}[s.mode]
-            figure.add_scatter(
-                x=s.x, y=s.y, mode=mode, name=s.label or "fit", showlegend=new, line_color=colour, legendgroup=s.label
-            )
-        figure.update_layout(
-            title=f"{picture.title}<br><sub>{html.escape(picture.note)}</sub>", template="plotly_white"
-        )
-        figure.update_xaxes(title=picture.x, type="log")
-        figure.update_yaxes(title=picture.y, type="log" if picture.log_y else "linear")
-        parts.append(io.to_html(figure, full_html=False, include_plotlyjs=i == 0, div_id=picture.name))
+    for picture in found:
+        drawn = charts.figure(picture)
+        title = f"{picture.title}<br><sub>{html.escape(picture.note)}</sub>"
+        drawn.update_layout(title=title, template="plotly_white")
+        parts.append(charts.div(drawn, picture.name))
     of = report["of"]
     title = html.escape(f"Scaling laws: {of['subject']}, layer {of['layer']} {of['location']}, {of['n_runs']} runs")
-    return (
-        f'<!doctype html>\n<meta charset="utf-8">\n<title>{title}</title>\n<h1>{title}</h1>\n' + "\n".join(parts) + "\n"
-    )
-
-
-def _text(path: Path, text: str) -> None:
-    path.write_text(text, "utf-8")
+    head = f'<!doctype html>\n<meta charset="utf-8">\n<title>{title}</title>\n{charts.script()}\n<h1>{title}</h1>\n'
+    return head + "\n".join(parts) + "\n"

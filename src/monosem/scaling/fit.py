@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from monosem.scaling.laws import INTERCEPT_BOUND, SLOPE_BOUND, Law, Logs, library, log_sum
+from monosem.charts import library
+from monosem.scaling.laws import INTERCEPT_BOUND, SLOPE_BOUND, Law, Logs, log_sum
 
 HUBER_DELTA = 0.01
 """Residuals of ln NMSE above this count linearly: about twice what another seed moves."""

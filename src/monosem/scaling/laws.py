@@ -8,9 +8,8 @@ an irreducible part is two terms, the joint law L(N,K) is two terms of 4 and 2 c
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -22,16 +21,6 @@ SLOPE_BOUND = 6.0
 """|slope| of any fit; the laws' own are below 1."""
 INTERCEPT_BOUND = 60.0
 """|intercept| of any fit: exp(±60) covers FLOPs and tokens."""
-
-
-def library(name: str, extra: str = "lab") -> Any:
-    """A library of an extra, imported here and now; `ValueError` when it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{name.split('.')[0]} is not installed, and this needs it: pip install 'monosem[{extra}]'"
-        ) from error
 
 
 class Law(NamedTuple):

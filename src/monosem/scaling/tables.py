@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from monosem import artifacts
-from monosem.scaling.laws import library
+from monosem.charts import library
 
 log = logging.getLogger("monosem")
 
