@@ -315,9 +315,7 @@ def test_table_is_aligned_and_carries_intervals() -> None:
     }  # fmt: skip
     metric = {"value": 0.123456, "low": 0.1, "high": 0.2, "n": 32768, "unit": "nats per token"}
     title, _, header, row, longer = table({"run": run, "metrics": {"kl": metric, "delta_ce": metric}}).splitlines()
-    assert (
-        title
-        == "tiny, layer 2 resid_post_mlp, 64 latents, k 4, trained on 2,400 tokens (2.00 epochs of 1,200 distinct)"
-    )
+    trained = "trained on 2,400 tokens (2.00 epochs of 1,200 distinct)"
+    assert title == f"tiny, layer 2 resid_post_mlp, 64 latents, topk, k 4, {trained}"
     assert row.split() == ["kl", "0.1235", "[0.1,", "0.2]", "32,768", "nats", "per", "token"]
     assert header.index("unit") == row.index("nats") == longer.index("nats")
