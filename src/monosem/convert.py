@@ -185,6 +185,11 @@ class Exposed(nn.Module):
     latent: those are computed in float32.
     """
 
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+
     def __init__(self, autoencoder: Autoencoder, cfg: Settings) -> None:
         super().__init__()
         weights = autoencoder.weights
