@@ -35,8 +35,6 @@ L1_COEFS = (0.003, 0.005, 0.007, 0.01, 0.015)
 GROUPS: dict[str, list[dict[str, Any]]] = {
     # which lr, at the size of the demo
     "lr": [{"n_latents": 8192, "lr": lr} for lr in LRS],
-    # a quarter of the demo's training, with the compiled kernels and with torch's
-    "impl": [{"n_latents": 8192, "n_tokens": 262_144, "impl": impl} for impl in ("native", "torch")],
     # dead latents: tied initialisation x AuxK, at the lr the group above prefers
     "dead": [{"n_latents": 8192, "tied_init": tied, "auxk": auxk} for tied in (True, False) for auxk in (None, 0)],
     # TopK against ReLU + L1 at equal L0: every sparsity_coef at one lr, then more lrs at those that bracket L0 = k

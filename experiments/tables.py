@@ -115,15 +115,14 @@ def dead() -> str:
 
 
 def impl() -> str:
-    """Seconds of a quarter of the demo's training with each implementation of the kernels."""
-    if not (found := runs("impl")):
-        return "Not measured yet."
-    fastest = min(float(r["train_s"]) for r in found)
+    """Seconds of a training of the demo's size with each implementation of the kernels, step by step in turn."""
+    found = lab_runs("impl")
+    fastest = min(float(r["kernel_s"]) for r in found)
     rows = [
-        [r["impl"], f"{float(r['train_s']):.0f}", f"{float(r['train_s']) / fastest:.1f}", *quality(r), r["commit"]]
+        [r["impl"], f"{float(r['kernel_s']):.0f}", f"{float(r['kernel_s']) / fastest:.1f}", *lab_quality(r)]
         for r in found
     ]
-    return markdown(["impl", "seconds", "times the fastest", *QUALITY, "commit"], rows)
+    return markdown(["impl", "seconds", "times the fastest", *LAB_QUALITY], rows)
 
 
 def frontier() -> str:
@@ -161,6 +160,55 @@ def relu_at(k: float, lr: str) -> tuple[float, str, tuple[float, float], tuple[f
     return a + share * (b - a), lr, below[-1], above[0]
 
 
+def lab_runs(sweep: str) -> list[Row]:
+    """The last row of each run of a sweep of the laboratory."""
+    with open(RESULTS / "lab" / sweep / "runs.csv", newline="") as file:
+        return [r for r in csv.DictReader(file) if r["finished"] == "true"]
+
+
+def lab_learning_rates() -> str:
+    """NMSE by lr at the smallest and the largest n, beside what the 1/sqrt(n) rule says."""
+    rows = []
+    for r in sorted(lab_runs("lr"), key=lambda r: (int(r["n_latents"]), float(r["lr"]))):
+        rule = 2.8e-3 * math.sqrt(4096 / int(r["n_latents"]))
+        mark = "the rule" if math.isclose(float(r["lr"]), rule) else f"{float(r['lr']) / rule:g} × the rule"
+        rows.append([f"{int(r['n_latents']):,}", f"{float(r['lr']):g}", mark, *lab_quality(r)])
+    return markdown(["n_latents", "lr", "", *LAB_QUALITY], rows)
+
+
+def lab_joint() -> str:
+    """Held-out NMSE of every (n_latents, k) at the same number of tokens."""
+    found = {(int(r["n_latents"]), int(r["k"])): float(r["normalized_mse"]) for r in lab_runs("joint")}
+    sizes, ks = sorted({n for n, _ in found}), sorted({k for _, k in found})
+    rows = [[f"{n:,}", *(f"{found[n, k]:.3f}" if (n, k) in found else "" for k in ks)] for n in sizes]
+    return markdown(["n_latents", *(f"k = {k}" for k in ks)], rows)
+
+
+def lab_law() -> str:
+    """The joint law fitted to the laboratory's table, beside the paper's for GPT-4."""
+    law = json.loads((RESULTS / "lab" / "joint" / "scaling.json").read_text())["joint"]
+    paper = {"alpha": -0.50, "beta_k": 0.26, "beta_n": -0.017, "gamma": -0.042, "zeta": -1.32, "eta": -0.085}
+
+    def end(value: float | None) -> str:
+        return "none" if value is None else f"{value:.3g}"
+
+    rows = [
+        [f"`{name}`", f"{c['value']:.3g}", f"[{end(c['low'])}, {end(c['high'])}]", f"{paper[name]:g}"]
+        for name, c in law["coefficients"].items()
+    ]
+    facts = f"{law['law']}, {law['n_runs']} runs, error of ln NMSE on left-out runs {law['held_out_error']:.3g}. "
+    verdict = f"Claim ({law['claim']}): {law['verdict']}. {law['reason']}"
+    return facts + verdict + "\n\n" + markdown(["", "here", "95% interval", "GPT-4, the paper"], rows)
+
+
+LAB_QUALITY = ["NMSE held out", "95% interval", "dead", "weights"]
+
+
+def lab_quality(r: Row) -> list[str]:
+    interval = f"[{float(r['normalized_mse_low']):.3f}, {float(r['normalized_mse_high']):.3f}]"
+    return [f"{float(r['normalized_mse']):.3f}", interval, f"{100 * float(r['dead_fraction']):.1f}%", r["weights"]]
+
+
 QUALITY = ["NMSE held out", "95% interval", "NMSE train", "dead", "never fired held out"]
 
 
@@ -188,6 +236,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "dead": dead,
     "impl": impl,
     "frontier": frontier,
+    "lab_learning_rates": lab_learning_rates,
+    "lab_joint": lab_joint,
+    "lab_law": lab_law,
 }
 
 
