@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path("results/smollm2-135m-instruct-q4_1")
 PAGES = (Path("README.md"), Path("docs/reproduce.md"), Path("docs/performance.md"))
@@ -177,16 +178,23 @@ def lab_learning_rates() -> str:
 
 
 def lab_joint() -> str:
-    """Held-out NMSE of every (n_latents, k) at the same number of tokens."""
-    found = {(int(r["n_latents"]), int(r["k"])): float(r["normalized_mse"]) for r in lab_runs("joint")}
+    """Held-out NMSE of every (n_latents, k) at the tokens of the joint law."""
+    tokens = str(lab_joint_law()["at"]["tokens"])
+    with open(RESULTS / "lab" / "joint" / "runs.csv", newline="") as file:
+        rows_at = [r for r in csv.DictReader(file) if r["tokens"] == tokens]
+    found = {(int(r["n_latents"]), int(r["k"])): float(r["normalized_mse"]) for r in rows_at}
     sizes, ks = sorted({n for n, _ in found}), sorted({k for _, k in found})
     rows = [[f"{n:,}", *(f"{found[n, k]:.3f}" if (n, k) in found else "" for k in ks)] for n in sizes]
     return markdown(["n_latents", *(f"k = {k}" for k in ks)], rows)
 
 
+def lab_joint_law() -> dict[str, Any]:
+    return json.loads((RESULTS / "lab" / "joint" / "scaling.json").read_text())["joint"]
+
+
 def lab_law() -> str:
     """The joint law fitted to the laboratory's table, beside the paper's for GPT-4."""
-    law = json.loads((RESULTS / "lab" / "joint" / "scaling.json").read_text())["joint"]
+    law = lab_joint_law()
     paper = {"alpha": -0.50, "beta_k": 0.26, "beta_n": -0.017, "gamma": -0.042, "zeta": -1.32, "eta": -0.085}
 
     def end(value: float | None) -> str:

@@ -168,11 +168,23 @@ def _png(picture: Picture, path: Path) -> None:
     if picture.series:
         axes.set_xscale("log")
         axes.set_yscale("log" if picture.log_y else "linear")
+        _few_ticks(axes.xaxis)
+        if picture.log_y:
+            _few_ticks(axes.yaxis)
         axes.legend(fontsize=7)
     axes.set(xlabel=picture.x, ylabel=picture.y)
     axes.set_title(f"{picture.title}\n{picture.note}", fontsize=7, wrap=True)
     axes.grid(alpha=0.3, which="both", lw=0.4)
     figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _few_ticks(axis: Any) -> None:
+    """On a logarithmic axis 1, 2 and 5 times powers of ten within two decades, powers alone beyond, as plain numbers."""
+    low, high = axis.get_view_interval()
+    ticker = library("matplotlib.ticker")
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:,.0f}" if 1 <= v < 1e6 else f"{v:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _page(found: list[Picture], report: dict[str, Any]) -> str:
