@@ -179,7 +179,7 @@ def _png(picture: Picture, path: Path) -> None:
 
 
 def _few_ticks(axis: Any) -> None:
-    """On a logarithmic axis 1, 2 and 5 times powers of ten within two decades, powers alone beyond, as plain numbers."""
+    """Logarithmic ticks: 1, 2 and 5 times powers of ten within two decades, else powers alone, as plain numbers."""
     low, high = axis.get_view_interval()
     ticker = library("matplotlib.ticker")
     axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
