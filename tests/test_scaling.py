@@ -278,6 +278,14 @@ def test_no_table_is_refused(tmp_path: Path) -> None:
     assert "no run was evaluated at 5 tokens" in told(write(tmp_path, rows()), tokens=5)
 
 
+def test_runs_planned_for_other_tokens_than_most_are_left_out_of_a_law_at_fixed_tokens(tmp_path: Path) -> None:
+    longer = rows(lambda n, k, tokens: 0.9, sizes=(768,), ks=(32,), prefix="longer", n_tokens=4 * runs_table.TOKENS)
+    joint = scaled(write(tmp_path, rows() + longer))["joint"]
+    assert [e["run"] for e in joint["excluded"]] == [longer[0]["run"]]
+    assert "planned for" in joint["excluded"][0]["reason"]
+    assert joint["coefficients"] == scaled(write(tmp_path, rows()))["joint"]["coefficients"]
+
+
 # subjects
 
 
@@ -296,6 +304,11 @@ def test_exponents_across_three_subjects_of_one_family(tmp_path: Path) -> None:
     trend = report["subjects"]["families"]["F"]
     assert trend["n_subjects"] == 3 and trend["verdict"] == "holds"
     assert trend["coefficients"]["p"]["value"] == pytest.approx(-0.1 / math.log(4), abs=0.03)
+    relu_only = [{**row, "run": "r" + row["run"], "subject": "other", "activation": "relu"} for row in table[:6]]
+    families.write_text(json.dumps({**known, "other": known["small"]}))
+    more = scaled(write(tmp_path, table + relu_only), families=str(families), subject="small")
+    assert more["subjects"] == report["subjects"]  # nothing to fit there
+    write(tmp_path, table)
     known["large"]["family"] = "G"
     families.write_text(json.dumps(known))
     split = scaled(tmp_path, families=str(families), subject="small")["subjects"]

@@ -109,6 +109,11 @@ def _message(error: Exception) -> str | None:
 def _stage(name: str, argv: list[str]) -> int:
     if name not in _STAGES:
         raise ValueError(f"there is no command {name!r}; choose one of {', '.join(_STAGES)} (monosem --help)")
+    named = [word for word in argv if word.startswith("--") and word.split("=")[0].endswith("activation-options")]
+    if len(named) > 1:
+        raise ValueError(
+            f"{named[0]} is given {len(named)} times and only the last would count; name all options after one"
+        )
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     own.add_argument("--config")
     own.add_argument("--json", action="store_true")
