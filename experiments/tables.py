@@ -163,8 +163,7 @@ def relu_at(k: float, lr: str) -> tuple[float, str, tuple[float, float], tuple[f
 
 def lab_runs(sweep: str) -> list[Row]:
     """The last row of each run of a sweep of the laboratory."""
-    with open(RESULTS / "lab" / sweep / "runs.csv", newline="") as file:
-        return [r for r in csv.DictReader(file) if r["finished"] == "true"]
+    return [r for r in lab_rows(sweep) if r["finished"] == "true"]
 
 
 def lab_learning_rates() -> str:
@@ -180,8 +179,7 @@ def lab_learning_rates() -> str:
 def lab_joint() -> str:
     """Held-out NMSE of every (n_latents, k) at the tokens of the joint law."""
     tokens = str(lab_joint_law()["at"]["tokens"])
-    with open(RESULTS / "lab" / "joint" / "runs.csv", newline="") as file:
-        rows_at = [r for r in csv.DictReader(file) if r["tokens"] == tokens]
+    rows_at = [r for r in lab_rows("joint") if r["tokens"] == tokens]
     found = {(int(r["n_latents"]), int(r["k"])): float(r["normalized_mse"]) for r in rows_at}
     sizes, ks = sorted({n for n, _ in found}), sorted({k for _, k in found})
     rows = [[f"{n:,}", *(f"{found[n, k]:.3f}" if (n, k) in found else "" for k in ks)] for n in sizes]
@@ -189,7 +187,7 @@ def lab_joint() -> str:
 
 
 def lab_joint_law() -> dict[str, Any]:
-    return json.loads((RESULTS / "lab" / "joint" / "scaling.json").read_text())["joint"]
+    return lab_laws("joint")["joint"]
 
 
 def lab_law() -> str:
@@ -207,6 +205,120 @@ def lab_law() -> str:
     facts = f"{law['law']}, {law['n_runs']} runs, error of ln NMSE on left-out runs {law['held_out_error']:.3g}. "
     verdict = f"Claim ({law['claim']}): {law['verdict']}. {law['reason']}"
     return facts + verdict + "\n\n" + markdown(["", "here", "95% interval", "GPT-4, the paper"], rows)
+
+
+def lab_frontier() -> str:
+    """NMSE of every activation function at TopK's L0s, by n: interpolated, and its ratio to TopK's."""
+    found = lab_laws("frontier")["sparsity"]
+    rows = []
+    for gap in found["gaps"]:
+        ratio = [math.exp(gap["gap"][end]) for end in ("value", "low", "high")]
+        runs_there = found["curves"][gap["activation"]][str(gap["n_latents"])]
+        used = f"{len(runs_there)} at L0 {runs_there[0]['l0']:.0f} to {runs_there[-1]['l0']:.0f}"
+        size = f"{gap['n_latents']:,}", f"{gap['l0']:g}"
+        rows.append([gap["activation"], *size, f"{ratio[0]:.2f}", f"[{ratio[1]:.2f}, {ratio[2]:.2f}]", used])
+    growth = found["topk_relu_gap"]
+    said = f"Claim ({growth['claim']}): {growth['verdict']}, at L0 = {growth['l0']:g}. {growth['reason']}"
+    return said + "\n\n" + markdown(["", "n_latents", "L0", "NMSE / TopK's", "95% interval", "unbeaten runs"], rows)
+
+
+def lab_dead() -> str:
+    """Dead latents with and without tied initialisation and AuxK, and what AuxK costs."""
+    tokens = str(lab_joint_law()["at"]["tokens"])
+    default = [r for r in lab_rows("joint") if (r["n_latents"], r["k"], r["tokens"]) == ("8192", "32", tokens)]
+    rows = [
+        [yes(r["tied_init"] == "true"), yes(r["auxk"] != "0"), *lab_quality(r), f"{float(r['kernel_s']):.0f}"]
+        for r in default + lab_runs("dead")
+    ]
+    return markdown(["tied init", "AuxK", *LAB_QUALITY, "seconds in the step"], rows)
+
+
+def lab_init() -> str:
+    """With and without the encoder scaled at the start, of two seeds each."""
+    names = {"true": "scaled", "false": "rows of norm 1"}
+    rows = [[names[scaled(r)], r["seed"], *lab_quality(r)] for r in lab_runs("init")]
+    return markdown(["encoder at the start", "seed", *LAB_QUALITY], rows)
+
+
+def scaled(r: Row) -> str:
+    """A setting without a column: it is in the run's name."""
+    return "false" if "scaled_initfalse" in r["run"].lower() else "true"
+
+
+def lab_batch() -> str:
+    """NMSE by batch size, each at several lr, after the same tokens."""
+    found = lab_runs("batch") + [r for r in lab_runs("lr") if r["n_latents"] == "1024"]
+    found.sort(key=lambda r: (int(r["batch_size"]), float(r["lr"])))
+    rows = [[f"{int(r['batch_size']):,}", f"{float(r['lr']):g}", *lab_quality(r)] for r in found]
+    return markdown(["batch_size", "lr", *LAB_QUALITY], rows)
+
+
+def lab_predictions() -> str:
+    """What was predicted before the runs, and what they gave."""
+    rows = []
+    for path in sorted((RESULTS / "lab" / "predictions").glob("*.json")):
+        said = json.loads(path.read_text())["plans"][0]
+        own = ("topk", str(said["n_latents"]), str(said["k"]), str(said["tokens"]))
+        names = ("activation", "n_latents", "k", "tokens")
+        runs_of = [r for s in ("joint", "converged") for r in lab_rows(s) if tuple(r[n] for n in names) == own]
+        low, value, high = (said["nmse"][name] for name in ("low", "value", "high"))
+        size = f"{said['n_latents']:,}", f"{said['k']}", f"{said['tokens']:,}"
+        for r in runs_of:
+            nmse = float(r["normalized_mse"])
+            verdict = "inside" if low <= nmse <= high else "outside"
+            error = f"{100 * (value / nmse - 1):+.1f}%"
+            times = f"{said['seconds']:.0f}", f"{float(r['kernel_s']):.0f}"
+            rows.append(
+                [
+                    *size,
+                    said["nmse"]["law"].replace("|", "\\|"),
+                    f"{value:.4f} [{low:.4f}, {high:.4f}]",
+                    f"{nmse:.4f}",
+                    error,
+                    verdict,
+                    *times,
+                ]
+            )
+    head = [
+        "n_latents",
+        "k",
+        "tokens",
+        "law",
+        "predicted",
+        "measured",
+        "error",
+        "",
+        "seconds said",
+        "seconds in the step",
+    ]
+    return markdown(head, rows)
+
+
+def lab_converged() -> str:
+    """Held-out NMSE as distinct tokens double, and the gain of the last doubling."""
+    found: dict[int, dict[int, float]] = {}
+    for r in lab_rows("converged"):
+        found.setdefault(int(r["n_latents"]), {})[int(r["tokens"])] = float(r["normalized_mse"])
+    tokens = sorted({t for by_tokens in found.values() for t in by_tokens if t >= 1 << 19})
+    rows = []
+    for n, by_tokens in sorted(found.items()):
+        last = sorted(by_tokens)[-1]
+        before = min(by_tokens, key=lambda t: abs(math.log(last / t / 2)))
+        gain = 1 - (by_tokens[last] / by_tokens[before]) ** (math.log(2) / math.log(last / before))
+        rows.append(
+            [f"{n:,}", *(f"{by_tokens[t]:.4f}" if t in by_tokens else "" for t in tokens), f"{100 * gain:.1f}%"]
+        )
+    return markdown(["n_latents", *(f"{t / 1e6:.1f}M" for t in tokens), "gain of the last doubling"], rows)
+
+
+def lab_rows(sweep: str) -> list[Row]:
+    """Every row of a sweep of the laboratory."""
+    with open(RESULTS / "lab" / sweep / "runs.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def lab_laws(sweep: str) -> dict[str, Any]:
+    return json.loads((RESULTS / "lab" / sweep / "scaling.json").read_text())
 
 
 LAB_QUALITY = ["NMSE held out", "95% interval", "dead", "weights"]
@@ -247,6 +359,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "lab_learning_rates": lab_learning_rates,
     "lab_joint": lab_joint,
     "lab_law": lab_law,
+    "lab_frontier": lab_frontier,
+    "lab_dead": lab_dead,
+    "lab_init": lab_init,
+    "lab_batch": lab_batch,
+    "lab_predictions": lab_predictions,
+    "lab_converged": lab_converged,
 }
 
 

@@ -338,7 +338,12 @@ def test_the_gap_between_relu_and_topk_is_read_between_runs_that_bracket_an_l0(t
     table = rows(doublings=0)
     for i, n in enumerate(SIZES):
         table += relu_rows(n, 0.05 + 0.04 * i)
+        nmse = runs_table.planted_joint(n, 30, TOKENS) * math.exp(0.05 + 0.04 * i)  # the price of L0 23, at another lr
+        options = {"activation": "relu", "l0": 30.0, "auxk": 0, "sparsity_coef": 1 / 23}
+        table.append(row(f"relu-{n}-23-slow", n, 32, TOKENS, nmse, lr=1e-4, **options))
     found = scaled(write(tmp_path, table))["sparsity"]
+    for curve in found["curves"]["relu"].values():
+        assert [p["l0"] for p in curve] == [11, 23, 30, 47, 95], "the lower NMSE at 30 does not beat 23"
     gaps = {(g["n_latents"], g["l0"]): g["gap"] for g in found["gaps"]}
     assert {l0 for _, l0 in gaps} == {16, 32, 64}, "8 and 128 are not bracketed"
     for i, n in enumerate(SIZES):
