@@ -112,12 +112,8 @@ def test_only_the_suffix_is_run_and_only_from_the_site_on(subject: Subject) -> N
 
 def test_ablation_numbers_have_n_and_intervals_and_repeat_themselves(subject: Subject) -> None:
     metrics, lists = measured(subject, subject.site())
-    assert list(metrics) == [
-        "ablation_sparsity",
-        "ablation_sparsity_channels",
-        "ablation_sparsity_random_directions",
-        "ablation_sparsity_random_dictionary",
-    ]
+    kinds = "", "_channels", "_random_directions", "_random_dictionary"
+    assert list(metrics) == [f"ablation_sparsity{own}{kind}" for kind in kinds for own in ("", "_own_token")]
     for metric in metrics.values():
         assert 0 < metric.low <= metric.value <= metric.high < 1
         assert metric.n == 20
@@ -138,15 +134,15 @@ def test_comparisons_change_as_much_as_the_latent_does(subject: Subject) -> None
     latents, activations, changes = ablation._changes(autoencoder, raw, rows, torch.Generator().manual_seed(2))
     x, stats = normalize(raw)
     norms = stats.std[:, 0] * activations
-    for kind in ("latents", "random_directions", "random_dictionary"):
+    for kind in ("", "_random_directions", "_random_dictionary"):
         torch.testing.assert_close(changes[kind].norm(dim=1), norms, rtol=1e-4, atol=1e-6)
     indices, values, _ = autoencoder.encode(x)
     assert all(latent in indices[i][values[i] > 0] for i, latent in enumerate(latents))
-    channel = changes["channels"].nonzero()
+    channel = changes["_channels"].nonzero()
     assert len(channel) == len(raw)
-    kept = (raw + changes["channels"])[channel[:, 0], channel[:, 1]]
+    kept = (raw + changes["_channels"])[channel[:, 0], channel[:, 1]]
     torch.testing.assert_close(kept, stats.mean[:, 0], rtol=1e-3, atol=1e-3)  # the channel is set to the token's mean
-    along = torch.nn.functional.normalize(changes["random_dictionary"]) @ -rows.T
+    along = torch.nn.functional.normalize(changes["_random_dictionary"]) @ -rows.T
     ranks = ((x - autoencoder.weights.pre_bias) @ rows.T).argsort(dim=1, descending=True).argsort(dim=1)
     assert (ranks.gather(1, along.argmax(1, keepdim=True)) < 4).all()
 

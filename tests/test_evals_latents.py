@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from monosem.evals import downstream, latents, reconstruction
+from monosem.evals.bootstrap import clusters_of
 from monosem.model import Autoencoder, AutoencoderConfig, initial_weights, normalize
 from monosem.subject import Subject
 from monosem.types import SparseLatents, Weights
@@ -137,7 +138,7 @@ def test_pca_leaves_the_smallest_eigenvalues(k: int) -> None:
     torch.testing.assert_close(pca.components @ pca.components.T, torch.eye(k), atol=1e-5, rtol=0)
 
 
-def test_pca_downstream_is_downstream_of_its_reconstruction(tiny_model: Path) -> None:
+def test_pca_patch_is_its_reconstruction(tiny_model: Path) -> None:
     subject = Subject.load(str(tiny_model), dtype="float32", device="cpu")
     site = subject.site()
     tokens = torch.randint(3, 250, (10, 12), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
@@ -145,13 +146,10 @@ def test_pca_downstream_is_downstream_of_its_reconstruction(tiny_model: Path) ->
     rows = subject.capture(tokens, site)[:, 1:].flatten(0, 1)
     autoencoder = Planted(lambda x: x)
     pca = latents.fit_pca(autoencoder, rows, 4)
-    common = {"first_position": 1, **OPTIONS}
-    found = latents.pca_downstream(subject, autoencoder, pca, site, tokens, documents, **common)
-    planted = Planted(pca.rebuild)
-    own = downstream.metrics(subject, planted, site, tokens, documents, torch.zeros(D_MODEL), **common)
-    values = {m.name: m.value for m in own}
-    assert [m.name for m in found] == ["delta_ce_pca", "kl_pca"]
-    assert [m.value for m in found] == pytest.approx([values["delta_ce"], values["kl"]], rel=1e-4)
+    patches = [latents.pca_patch(autoencoder, pca), lambda x, _: Planted(pca.rebuild)(x)]
+    sums = downstream.sums_of(subject, site, tokens, clusters_of(documents), patches, 1).sum(0)
+    for statistic in (downstream.delta_ce(0)(sums) / downstream.delta_ce(1)(sums), sums[3] / sums[7]):
+        assert float(statistic) == pytest.approx(1, rel=1e-4)
 
 
 def test_pca_of_more_components_than_dimensions_is_refused() -> None:

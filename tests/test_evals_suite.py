@@ -14,10 +14,11 @@ import pytest
 
 from monosem.activations import harvest
 from monosem.config import EvalConfig, HarvestConfig, TrainConfig
-from monosem.evals import evaluate, parts
+from monosem.evals import Shared, evaluate, parts
 from monosem.evals.definitions import definition, sections
+from monosem.subject import Subject
 from monosem.training import train
-from tiny import tiny_texts
+from tiny import D_MODEL, tiny_texts
 
 TINY = {
     "reconstruction": {},
@@ -76,6 +77,21 @@ def test_the_suite_gives_every_metric_with_n_and_interval(run: EvalConfig) -> No
     assert "Others" not in sections(report["metrics"])
 
 
+def test_evaluations_that_share_load_a_subject_once(run: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+
+    def load(name: str, **options: Any) -> Subject:
+        loaded.append(options["dtype"])
+        return as_it_is(name, **options)
+
+    as_it_is, shared = Subject.load, Shared()
+    monkeypatch.setattr(Subject, "load", load)
+    evaluate(dataclasses.replace(run, seed=1), shared)
+    again = evaluate(dataclasses.replace(run, seed=2), shared)
+    assert loaded == ["float32"]  # reading and judging: the store is float32 too
+    assert again == evaluate(dataclasses.replace(run, seed=2))
+
+
 def test_parts_that_are_done_are_not_done_again(
     run: EvalConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -117,7 +133,9 @@ def test_activations_without_k_are_judged_without_progressive_recovery(
         out=str(tmp_path), store=str(Path(run.run) / "store"), activation=activation, sparsity_coef=1e-3
     )
     train(dataclasses.replace(config, n_latents=48, n_tokens=3000, batch_size=100))
-    metrics = evaluate(dataclasses.replace(run, run=str(tmp_path)))["metrics"]
+    report = evaluate(dataclasses.replace(run, run=str(tmp_path)))
+    metrics = report["metrics"]
+    assert report["run"]["n_principal_components"] == min(max(1, round(metrics["l0"]["value"])), D_MODEL)
     assert {name for name in NAMES if not name.startswith("progressive")} <= set(metrics)
     assert not [name for name in metrics if name.startswith("progressive")]
     assert f"progressive recovery is left out: activation {activation} has no k" in caplog.text

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from monosem.evals.tasks import Task, make
 from monosem.model import Autoencoder, AutoencoderConfig, initial_weights
 from monosem.subject import Subject
 
-OPTIONS = {"n_resamples": 100, "seed": 0}
+OPTIONS: dict[str, Any] = {"n_resamples": 100, "seed": 0}
 LOG_2 = math.log(2)
 
 
@@ -307,7 +309,7 @@ def test_probe_chooses_the_planted_latent_and_judges_it_on_other_texts(studied: 
 
 def test_metrics_are_means_over_tasks_and_repeat(studied: tuple[Subject, Autoencoder]) -> None:
     subject, autoencoder = studied
-    tasks = [two_sorts(), two_sorts(70)._replace(name="fewer")]
+    tasks = [two_sorts(), dataclasses.replace(two_sorts(70), name="fewer")]
     found, table = probes.metrics(subject, autoencoder, subject.site(layer=1), tasks, **OPTIONS)
     by_name = {metric.name: metric for metric in found}
     assert [row["task"] for row in table] == ["sorts", "sorts", "fewer", "fewer"]
@@ -320,6 +322,19 @@ def test_metrics_are_means_over_tasks_and_repeat(studied: tuple[Subject, Autoenc
     assert by_name["probe_loss_last"].value < 0.5  # the last token is the letter that tells the sorts apart
     again, _ = probes.metrics(subject, autoencoder, subject.site(layer=1), tasks, **OPTIONS)
     assert again == found
+
+
+def test_texts_are_read_once_for_several_autoencoders(
+    studied: tuple[Subject, Autoencoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, autoencoder = studied
+    kept: dict[tuple[Any, ...], probes.Pooled] = {}
+    read = subject, autoencoder, subject.site(layer=1), [two_sorts()]
+    first = probes.metrics(*read, pooled=kept, **OPTIONS)
+    monkeypatch.setattr(probes, "pool", lambda *_, **__: pytest.fail("read again"))
+    assert probes.metrics(*read, pooled=kept, **OPTIONS) == first
+    with pytest.raises(pytest.fail.Exception, match="read again"):
+        probes.metrics(*read, pooled=kept, max_tokens=3, **OPTIONS)
 
 
 def test_metrics_of_one_task_have_its_interval_over_texts(studied: tuple[Subject, Autoencoder]) -> None:

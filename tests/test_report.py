@@ -155,7 +155,7 @@ def test_eval_of_several_runs_writes_one_report(
     folders = [evaluation(tmp_path / name, n) for name, n in (("a", 64), ("b", 128))]
     done: list[str] = []
 
-    def evaluate(stage: Any) -> dict[str, Any]:
+    def evaluate(stage: Any, shared: Any) -> dict[str, Any]:
         done.append(stage.run)
         return artifacts.read_manifest(Path(stage.run) / "eval.json", report.KIND)
 

@@ -172,14 +172,15 @@ def _stage(name: str, argv: list[str]) -> int:
 
 
 def _eval(stages: list[config.EvalConfig], report: str | None, *, as_json: bool) -> None:
-    from monosem.evals import evaluate, table
+    from monosem.evals import Shared, evaluate, table
     from monosem.evals import report as reports
 
     runs = [stage.run for stage in stages]
     labels = reports.labels(runs)
     if report is not None:
         reports.check(report)  # before the hours that it may take to fill it
-    found = dict(zip(labels, map(evaluate, stages), strict=True))
+    shared = Shared()
+    found = {label: evaluate(stage, shared) for label, stage in zip(labels, stages, strict=True)}
     if report is not None:
         reports.write(reports.read(runs), report)
     if as_json:

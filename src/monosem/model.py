@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from monosem import artifacts, config, losses, variants
+from monosem import artifacts, config, kernels, losses, variants
 from monosem.kernels import torch_sparse
 from monosem.types import Extras, SparseLatents, Weights
 
@@ -115,16 +115,18 @@ class Autoencoder(nn.Module):
         """
         activation, weights = self.config.activation, self.weights
         keeps_k = check_choice(self.config, k, threshold)
+        kernel = kernels.select("auto", weights.decoder.device)[1]
         if threshold is not None:
-            return torch_sparse.threshold_encode(x, weights, torch.full_like(weights.latent_bias, threshold))
+            return kernel.threshold_encode(x, weights, torch.full_like(weights.latent_bias, threshold))
         if k is not None and keeps_k:
-            return torch_sparse.topk_encode(x, weights, k)
-        latents = variants.encode(activation, x, weights, self.extras, self.config.k)
+            return kernel.topk_encode(x, weights, k)
+        latents = variants.encode(activation, x, weights, self.extras, self.config.k, kernel)
         return latents if k is None else latents._replace(indices=latents.indices[:, :k], values=latents.values[:, :k])
 
     def decode(self, latents: SparseLatents) -> Float[Tensor, "batch d_model"]:
         """Normalised reconstructions."""
-        return torch_sparse.decode(latents, self.weights)
+        weights = self.weights
+        return kernels.select("auto", weights.decoder.device)[1].decode(latents, weights)
 
     def forward(self, raw: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The reconstruction of raw activations, in their own space and dtype."""

@@ -19,7 +19,7 @@ from monosem import artifacts
 from monosem.activations import ActivationStore
 from monosem.config import EvalConfig, to_dict
 from monosem.evals import reconstruction
-from monosem.evals.parts import PARTS, SIZES, Judged, reconstruction_part
+from monosem.evals.parts import PARTS, SIZES, Judged, Shared, reconstruction_part
 from monosem.evals.report import KIND, title
 from monosem.model import Autoencoder
 from monosem.run_folder import autoencoder_folder, open_run
@@ -35,13 +35,13 @@ _USES = {"downstream": ("n_tokens_downstream",), "probes": ("tasks",)}
 """Fields of the config, beside n_bootstrap and seed, on which a part depends."""
 
 
-def evaluate(config: EvalConfig) -> dict[str, Any]:
+def evaluate(config: EvalConfig, shared: Shared | None = None) -> dict[str, Any]:
     """The report, also in eval.json: {"run": facts, "metrics": {name: {value, low, high, n, unit}}, "histograms": ...,
     "tables": {part: {name: ...}}}.
 
-    Skipped, and read back, when eval.json is already of this autoencoder, store, config and version of monosem; parts
-    that are, are not done again. `ValueError` when there is no autoencoder, its store is missing or of another site or
-    subject, or a number is not finite.
+    `shared` is what evaluations one after the other load only once. Skipped, and read back, when eval.json is already
+    of this autoencoder, store, config and version of monosem; parts that are, are not done again. `ValueError` when
+    there is no autoencoder, its store is missing or of another site or subject, or a number is not finite.
     """
     autoencoder_folder(config.run)  # before the lock, which would make the folder
     with artifacts.folder_lock(config.run):
@@ -53,7 +53,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         if found := _finished(path, KIND, settings, sources):
             log.info("%s is already of this autoencoder, store and config; skipped", path)
             return {key: found[key] for key in _REPORT_KEYS}
-        judged = Judged(config, autoencoder, store, device)
+        judged = Judged(config, autoencoder, store, device, shared)
         parts = {name: _part(name, judged, sources) for name in SIZES[config.suite]}
         report = _report(judged, parts)
         artifacts.write_json(path, artifacts.manifest(KIND, settings, sources, **report))

@@ -6,7 +6,9 @@ it, minus each token's median over the vocabulary (a shift of all logits says no
 
     sparsity = (‖δ‖₁ / ‖δ‖₂)² / (vocab·T)
 
-is 1 when all logits move alike, 1/(vocab·T) when one moves, and 2/π when the changes are independent normals.
+is 1 when all logits move alike, 1/(vocab·T) when one moves, and 2/π when the changes are independent normals. A change
+that is normal over the vocabulary and over after one token has 2/(π·T), so the sparsity of the ablated token's own
+change, with T = 1, is given too: it tells few logits from few tokens.
 
 Tokens are drawn evenly over contexts and uniformly over positions, then one of the token's active latents. At the same
 tokens, for comparison:
@@ -35,7 +37,8 @@ from monosem.model import Autoencoder
 from monosem.subject import Subject
 from monosem.types import Metric, Site
 
-KINDS = ("latents", "channels", "random_directions", "random_dictionary")
+KINDS = ("", "_channels", "_random_directions", "_random_dictionary")
+"""Suffixes of the numbers; the first is the latents."""
 _LOGITS_BYTES = 1 << 27  # of the ablated tokens' logits; about four such tensors are alive at once
 _N_EXTREMES = 10
 
@@ -53,11 +56,11 @@ def metrics(
     n_resamples: int,
     seed: int,
 ) -> tuple[list[Metric], dict[str, Any]]:
-    """ablation_sparsity and, with a suffix, that of each comparison (n counts ablations); and each latent's ablation.
+    """ablation_sparsity, ablation_sparsity_own_token, both with each comparison's suffix; and each latent's ablation.
 
     The second has a list each of context (row of `tokens`), position, latent, activation, sparsity; and of the ten
     logits that rise (up_) and fall (down_) the most: change (median taken out), offset from position, token.
-    Ablations without any effect have no sparsity and are left out. Intervals resample documents.
+    n counts ablations; those without any effect have no sparsity and are left out. Intervals resample documents.
     `ValueError` when a context is shorter than the first position and n_tokens.
     """
     n_positions = tokens.shape[1] - n_tokens + 1 - first_position
@@ -81,10 +84,12 @@ def metrics(
     order = torch.cat(groups).argsort()
     merged = {name: torch.cat([part[name] for part in found])[order] for name in found[0]}
     sparsities, clusters = merged.pop("sparsities"), clusters_of(documents[contexts])
-    numbers = [_metric(k, sparsities[:, i], clusters, n_resamples, seed) for i, k in enumerate(KINDS)]
+    names = [f"ablation_sparsity{of}{kind}" for kind in KINDS for of in ("", "_own_token")]
+    options = {"n_resamples": n_resamples, "seed": seed}
+    numbers = [_metric(n, s, clusters, **options) for n, s in zip(names, sparsities.flatten(1).T, strict=True)]
     lists = {"context": contexts.tolist(), "position": positions.tolist()}
     lists |= {name: tensor.tolist() for name, tensor in merged.items()}
-    lists["sparsity"] = [None if math.isnan(s) else s for s in sparsities[:, 0].tolist()]
+    lists["sparsity"] = [None if math.isnan(s) else s for s in sparsities[:, 0, 0].tolist()]
     return numbers, lists
 
 
@@ -105,7 +110,8 @@ def _ablate(
     random_dictionary: Float[Tensor, "n_latents d_model"],
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """The ablations at position `start` of some contexts: sparsities [batch, kind], and what the viewer shows."""
+    """The ablations at position `start` of some contexts: sparsities [batch, kind, (all tokens, own token)], and what
+    the viewer shows."""
     past = subject.read(tokens[:, :start]) if start else None
     suffix, raw = tokens[:, start:], torch.empty(0)
 
@@ -122,8 +128,8 @@ def _ablate(
             logits = subject.run_with(suffix, site, _added(change), past).float()
             delta = logits - original
             delta -= delta.median(-1, keepdim=True).values
-            sparsities.append(sparsity(delta))
-            if kind == "latents":
+            sparsities.append(torch.stack([sparsity(delta), sparsity(delta[:, :1])], dim=1))
+            if kind == KINDS[0]:
                 found |= _extremes(delta)
     return {name: tensor.cpu() for name, tensor in {**found, "sparsities": torch.stack(sparsities, 1)}.items()}
 
@@ -176,11 +182,10 @@ def _extremes(delta: Float[Tensor, "batch n_tokens vocab"]) -> dict[str, Tensor]
     return found
 
 
-def _metric(kind: str, sparsities: Tensor, clusters: Tensor, n_resamples: int, seed: int) -> Metric:
+def _metric(name: str, sparsities: Tensor, clusters: Tensor, n_resamples: int, seed: int) -> Metric:
     """The mean over the ablations that have one."""
     there = ~sparsities.isnan()
     sums = torch.zeros(int(clusters.max()) + 1, 2, dtype=torch.float64)
     sums.index_add_(0, clusters, torch.stack([there.double(), sparsities.nan_to_num(0)], dim=1))
-    name = "ablation_sparsity" if kind == KINDS[0] else f"ablation_sparsity_{kind}"
     interval = bootstrap(sums, ratio(1, 0), n_resamples=n_resamples, seed=seed)
     return as_metric(name, interval, unit="fraction of logits", n=int(there.sum()))

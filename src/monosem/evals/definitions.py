@@ -21,7 +21,7 @@ DEFINITIONS: dict[str, str] = {
     "dense_fraction_{percent}pct": "share of latents that fired on more than {percent}% of tokens",
     "decoder_max_cosine": "mean over latents of the largest cosine with another's decoder direction",
     "decoder_max_cosine_random": "decoder_max_cosine of as many random directions",
-    "pca_normalized_mse": "normalized_mse of x rebuilt from its k largest principal components",
+    "pca_normalized_mse": "normalized_mse of x rebuilt from its round(l0) largest principal components",
     "relative_bias": "Σ‖ŷ‖² / Σ ŷ·y, both about x̄: 1 when scaling x̂ cannot improve it, below 1 when x̂ is too small",
     "recons_slope": "Σ ŷ·y / Σ‖y‖²: slope of ŷ on y, both about x̄",
     "ce_original": "mean of −ln p(next token), the subject as it is",
@@ -29,7 +29,7 @@ DEFINITIONS: dict[str, str] = {
     "kl": "mean of KL(p ‖ q) over the vocabulary",
     "{quantity}_mean_ablation": "{quantity} with the mean of the training activations in place of x̂",
     "{quantity}_zero_ablation": "{quantity} with zeros in place of x̂",
-    "{quantity}_pca": "{quantity} with x rebuilt from its k largest principal components in place of x̂",
+    "{quantity}_pca": "{quantity} with x rebuilt from its principal components, round(l0) of them, in place of x̂",
     "top1_agreement": "share of predictions where p and q have the same most likely token",
     "loss_recovered_mean": "1 − delta_ce / delta_ce_mean_ablation",
     "loss_recovered_zero": "1 − delta_ce / delta_ce_zero_ablation; flatters: zeros are far worse than no information",
@@ -45,9 +45,12 @@ DEFINITIONS: dict[str, str] = {
     "progressive_l0_threshold": "mean number of pre-activations above the one threshold on the evaluated tokens",
     "ablation_sparsity": "mean (‖δ‖₁/‖δ‖₂)²/(vocab·T), δ the change of the next T tokens' logits when one active "
     "latent is taken out: the share of logits it moves; 1 when all move alike",
-    "ablation_sparsity_channels": "ablation_sparsity of a random channel of the residual stream",
-    "ablation_sparsity_random_directions": "ablation_sparsity of a random direction, as long as the latent's change",
-    "ablation_sparsity_random_dictionary": "ablation_sparsity of a direction most active in a random dictionary",
+    "ablation_sparsity_own_token": "ablation_sparsity of the ablated token's own logits, T = 1; 2/π for normal changes",
+    "ablation_sparsity{own}_channels": "ablation_sparsity{own} of a random channel of the residual stream",
+    "ablation_sparsity{own}_random_directions": "ablation_sparsity{own} of a random direction, as long as the latent's "
+    "change",
+    "ablation_sparsity{own}_random_dictionary": "ablation_sparsity{own} of a direction most active in a random "
+    "dictionary",
     "probe_loss": "held-out cross-entropy of the logistic probe on the latent that was best on the other half, mean "
     "over tasks",
     "probe_accuracy": "of the probe of probe_loss: share of held-out texts guessed right",
@@ -83,7 +86,7 @@ DEFINITIONS: dict[str, str] = {
 
 _FIELDS = {
     "quantity": "normalized_mse|delta_ce|kl", "k": r"\d+", "percent": r"\d+", "score": "recall|precision",
-    "gram": "uni|bi", "share": r"|_at_\d+",
+    "gram": "uni|bi", "share": r"|_at_\d+", "own": "|_own_token",
 }  # fmt: skip
 _LAST = "_last"
 
@@ -101,9 +104,9 @@ _SECTIONS = {
 """Title -> the names that belong there; the first that fits."""
 
 _BESIDE = {
-    "normalized_mse": {"training tokens": "normalized_mse_train", "PCA, k directions": "pca_normalized_mse"},
+    "normalized_mse": {"training tokens": "normalized_mse_train", "PCA, l0 directions": "pca_normalized_mse"},
     "delta_ce|kl": {
-        "PCA, k directions": "{0}_pca", "mean ablation": "{0}_mean_ablation", "zero ablation": "{0}_zero_ablation"
+        "PCA, l0 directions": "{0}_pca", "mean ablation": "{0}_mean_ablation", "zero ablation": "{0}_zero_ablation"
     },
     "decoder_max_cosine": {"random directions": "decoder_max_cosine_random"},
     "probe_loss(_last)?": {
@@ -116,7 +119,7 @@ _BESIDE = {
     r"(explanation_(?:delta_ce|kl))(_at_\d+)?": {
         "none simulated": "{1}_real", "unigram": "{1}_unigram{2}", "set to 0": "{1}_zero{2}"
     },
-    "ablation_sparsity": {
+    "ablation_sparsity(?:_own_token)?": {
         "channels": "{0}_channels", "random directions": "{0}_random_directions",
         "random dictionary": "{0}_random_dictionary",
     },

@@ -14,12 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from monosem.evals import downstream
-from monosem.evals.bootstrap import as_metric, bootstrap, clusters_of, ratio
+from monosem.evals.bootstrap import as_metric, bootstrap, ratio
 from monosem.evals.reconstruction import ErrorSums, share_of_latents
 from monosem.logs import progress
 from monosem.model import Autoencoder
-from monosem.subject import Subject
-from monosem.types import Metric, Site
+from monosem.types import Metric
 
 DENSE = {"dense_fraction_1pct": 0.01, "dense_fraction_10pct": 0.1}
 _ROWS_AT_ONCE = 1024
@@ -145,26 +144,14 @@ def pca_on_activations(
     return [sums.metric("pca_normalized_mse", n_resamples=n_resamples, seed=seed)]
 
 
-def pca_downstream(
-    subject: Subject,
-    autoencoder: Autoencoder,
-    pca: Pca,
-    site: Site,
-    tokens: Int[Tensor, "n_contexts context_length"],
-    documents: Int[Tensor, "n_contexts context_length"],
-    *,
-    first_position: int,
-    n_resamples: int,
-    seed: int,
-) -> list[Metric]:
-    """delta_ce_pca and kl_pca: `downstream` with the PCA's reconstruction at the site."""
+def pca_patch(autoencoder: Autoencoder, pca: Pca) -> downstream.Patch:
+    """The PCA's reconstruction at the site, for `downstream.sums_of`."""
 
     def patch(raw: Tensor, _: slice) -> Tensor:
         x, stats = autoencoder.normalize(raw)
         return autoencoder.denormalize(pca.rebuild(x), stats).to(raw.dtype)
 
-    sums = downstream.sums_of(subject, site, tokens, clusters_of(documents), [patch], first_position)
-    return downstream.delta_ce_and_kl(sums, 0, ("delta_ce_pca", "kl_pca"), n_resamples=n_resamples, seed=seed)
+    return patch
 
 
 def _moments(autoencoder: Autoencoder, rows: Tensor) -> tuple[Float[Tensor, "n_rows 5"], Float[Tensor, " n_rows"]]:

@@ -37,7 +37,7 @@ from monosem.model import Autoencoder
 from monosem.n2g import LatentReader
 from monosem.run_folder import check_subject
 from monosem.subject import Subject
-from monosem.types import Metric
+from monosem.types import Metric, Site
 
 log = logging.getLogger("monosem")
 
@@ -48,10 +48,10 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
         "latents": {"n_rows": 16_384},
         "downstream": {},
         "refinement": {"n_rows": 4_096},
-        "progressive": {"n_rows": 16_384, "n_tokens": 4_096},
+        "progressive": {"n_rows": 16_384, "n_tokens": 2_048},
         "ablation": {"n_ablations": 200},
-        "probes": {"n_tasks": 8, "n_texts": 500},
-        "explainability": {"n_latents": 32, "n_examples": 8, "n_tokens_building": 200_000, "n_tokens_simulated": 4_096},
+        "probes": {"n_tasks": 16, "n_texts": 500},
+        "explainability": {"n_latents": 32, "n_examples": 8, "n_tokens_building": 200_000, "n_tokens_simulated": 2_048},
     },
     "paper": {
         "reconstruction": {},
@@ -67,6 +67,9 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
     },
 }  # fmt: skip
 """Suite -> its parts, in order -> their sizes. Smaller sizes give wider intervals, nothing else."""
+
+
+_PCA_ROWS = 16_384
 
 
 class Part(NamedTuple):
@@ -85,13 +88,39 @@ class Rows(NamedTuple):
     positions: Int[Tensor, " n"]
 
 
+class Shared:
+    """What the evaluations of one process have in common: subjects, tasks and the activations of their texts."""
+
+    def __init__(self) -> None:
+        self._subjects: dict[tuple[Any, ...], Subject] = {}
+        self._tasks: dict[str, list[tasks.Task]] = {}
+        self.pooled: dict[tuple[Any, ...], probes.Pooled] = {}
+
+    def subject(self, site: Site, dtype: str, device: str) -> Subject:
+        key = site.model, site.revision, dtype, device
+        if key not in self._subjects:
+            self._subjects[key] = Subject.load(site.model, revision=site.revision, dtype=dtype, device=device)
+        return self._subjects[key]
+
+    def tasks(self, source: str) -> list[tasks.Task]:
+        if source not in self._tasks:
+            self._tasks[source] = tasks.load(source)
+        return self._tasks[source]
+
+
 class Judged:
     """One autoencoder and what its parts share, loaded when first asked for."""
 
     def __init__(
-        self, config: EvalConfig, autoencoder: Autoencoder, store: ActivationStore, device: torch.device
+        self,
+        config: EvalConfig,
+        autoencoder: Autoencoder,
+        store: ActivationStore,
+        device: torch.device,
+        shared: Shared | None = None,
     ) -> None:
         self.config, self.autoencoder, self.store, self.device = config, autoencoder, store, device
+        self.shared = shared or Shared()
         self.options: dict[str, Any] = {"n_resamples": config.n_bootstrap, "seed": config.seed}
 
     @cached_property
@@ -105,8 +134,7 @@ class Judged:
         return self._subject(self.store.config["dtype"])
 
     def _subject(self, dtype: str) -> Subject:
-        site = self.store.site
-        subject = Subject.load(site.model, revision=site.revision, dtype=dtype, device=self.config.device)
+        subject = self.shared.subject(self.store.site, dtype, self.config.device)
         check_subject(subject, self.store)
         return subject
 
@@ -122,6 +150,13 @@ class Judged:
         shown = progress(range(n_blocks), f"reconstruct {split}", "tok", total=len(clusters), each=store.block_rows)
         blocks = (store.block(split, index) for index in shown)
         return reconstruction.tally(self.autoencoder, blocks, clusters, self.device)
+
+    @cached_property
+    def pca(self) -> latents.Pca:
+        """As many principal components of training tokens as latents are active on a held-out token."""
+        _, active, _ = self.held_out.codes.sum(0).tolist()
+        k = min(max(1, round(active / self.held_out.n_tokens)), self.autoencoder.config.d_model)
+        return latents.fit_pca(self.autoencoder, self.rows(_PCA_ROWS, "train").rows, k)
 
     def rows(self, n_rows: int, split: str = "held_out") -> Rows:
         """The rows of the first whole blocks with at least `n_rows`, or all there are, on the device."""
@@ -178,10 +213,10 @@ def latents_part(judged: Judged, n_rows: int) -> Part:
     metrics, curves = latents.breakdown(judged.autoencoder, *judged.rows(n_rows), **judged.options)
     metrics += latents.dense_latents(judged.held_out.n_fired, judged.held_out.n_tokens)
     found, cosines = latents.decoder_clustering(judged.autoencoder, **judged.options)
-    pca = latents.fit_pca(judged.autoencoder, judged.rows(n_rows, "train").rows, judged.autoencoder.config.k)
     rows, clusters, _ = judged.rows(n_rows)
-    metrics += found + latents.pca_on_activations(judged.autoencoder, pca, rows, clusters, **judged.options)
-    return Part(metrics, {**curves, "largest_cosines": cosines})
+    metrics += found + latents.pca_on_activations(judged.autoencoder, judged.pca, rows, clusters, **judged.options)
+    facts = {"n_principal_components": len(judged.pca.components)}
+    return Part(metrics, {**curves, "largest_cosines": cosines, "facts": facts})
 
 
 def downstream_part(judged: Judged) -> Part:
@@ -191,18 +226,17 @@ def downstream_part(judged: Judged) -> Part:
         return Part([], {"facts": {"n_tokens_downstream": 0, "n_first_positions_left_out": 0}})
     tokens, documents = judged.contexts(n_tokens)
     patches = list(downstream.patches_of(judged.autoencoder, store.mean).values())
+    if full := judged.config.suite != "basic":
+        patches.append(latents.pca_patch(judged.autoencoder, judged.pca))
     clusters, first = clusters_of(documents), store.first_position
     sums = downstream.sums_of(subject, store.site, tokens, clusters, patches, first)
     metrics = downstream.metrics_of(sums, **judged.options)
     facts = {"n_tokens_downstream": tokens.numel(), "n_first_positions_left_out": len(tokens) * first}
     tables: dict[str, Any] = {"facts": facts}
-    if judged.config.suite != "basic":
+    if full:
         found, tables["compute_equivalent"] = _compute_equivalent(judged, sums, metrics)
-        metrics += found
-        k = judged.autoencoder.config.k
-        pca = latents.fit_pca(judged.autoencoder, judged.rows(tokens.numel(), "train").rows, k)
-        read = subject, judged.autoencoder, pca, store.site, tokens, documents
-        metrics += latents.pca_downstream(*read, first_position=first, **judged.options)
+        names = "delta_ce_pca", "kl_pca"
+        metrics += found + downstream.delta_ce_and_kl(sums, len(patches) - 1, names, **judged.options)
     return Part(metrics, tables)
 
 
@@ -252,10 +286,10 @@ def ablation_part(judged: Judged, n_ablations: int) -> Part:
 
 def probes_part(judged: Judged, n_tasks: int, n_texts: int) -> Part:
     """How well the best single latent answers labelled tasks."""
-    found = tasks.load(judged.config.tasks)
+    found = judged.shared.tasks(judged.config.tasks)
     chosen = [found[i * len(found) // n_tasks] for i in range(n_tasks)] if n_tasks < len(found) else found
     read = judged.reading_subject, judged.autoencoder, judged.store.site, chosen
-    metrics, rows = probes.metrics(*read, n_texts=n_texts, **judged.options)
+    metrics, rows = probes.metrics(*read, n_texts=n_texts, pooled=judged.shared.pooled, **judged.options)
     return Part(metrics, {"tasks": rows})
 
 

@@ -46,6 +46,7 @@ _TINY = 1e-4
 _RANDOM_DIRECTIONS = 0x70726F6265
 _SLACK = 1e-5  # nats, on the bound: above what float32 moments can be wrong by
 _TOKENS_AT_ONCE = 1 << 11
+_KEPT_BYTES = 1 << 30  # of pooled activations, for the next autoencoder
 _RIDGES = (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4)
 _INNER_FOLDS = 5
 
@@ -91,22 +92,28 @@ def metrics(
     n_texts: int = 2000,
     max_tokens: int = 128,
     n_shuffles: int = 20,
+    pooled: dict[tuple[Any, ...], Pooled] | None = None,
 ) -> tuple[list[Metric], list[dict[str, Any]]]:
     """The mean of each number over tasks, and the table behind it: a row a task and pooling (docs/probes.md).
 
     Of each task `n_texts` are used (or all), half to fit and choose, half to judge; of each text the last `max_tokens`
-    tokens. Intervals of the means resample tasks, those in the table resample groups of texts. `ValueError` when a
-    task cannot be halved or a number is not finite.
+    tokens. `pooled` keeps what was read, for the next autoencoder of the same site. Intervals of the means resample
+    tasks, those in the table resample groups of texts. `ValueError` when a task cannot be halved or a number is not
+    finite.
     """
     halves = [labelled.split(task, n_texts=n_texts, seed=seed) for task in tasks]  # all refusals before any work
     options = {"n_resamples": n_resamples, "seed": seed}
-    rows = []
+    rows, kept = [], {} if pooled is None else pooled
     for task, (train, held_out) in progress(list(zip(tasks, halves, strict=True)), "probe", "task", total=len(tasks)):
         texts = [task.texts[i] for i in train + held_out]
-        pooled = pool(subject, autoencoder, site, texts, max_tokens=max_tokens)
-        for pooling, x in pooled.by_pooling.items():
+        key = subject, site, max_tokens, None if type(autoencoder) is Autoencoder else autoencoder, *texts
+        if key not in kept:
+            if 8 * len(kept) * len(texts) * autoencoder.config.d_model > _KEPT_BYTES:
+                kept.clear()
+            kept[key] = pool(subject, autoencoder, site, texts, max_tokens=max_tokens)
+        for pooling, x in kept[key].by_pooling.items():
             found = probe(autoencoder, x[: len(train)], x[len(train) :], task, train, held_out, n_shuffles, options)
-            rows.append({"task": task.name, "pooling": pooling, "n_cut": pooled.n_cut, **found})
+            rows.append({"task": task.name, "pooling": pooling, "n_cut": kept[key].n_cut, **found})
     return summary(rows, **options), rows
 
 

@@ -7,6 +7,8 @@ near-identical ones form a group, halves are made of whole groups, and `audit` s
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import logging
 import math
@@ -33,15 +35,16 @@ _TEMPLATE_SHARE = 0.02
 _MIN_PER_CLASS = 10
 
 
-class Task(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Task:
     """Distinct texts with their labels, in the order of the source."""
 
     name: str
     texts: list[str]
     labels: list[int]
     """0 or 1."""
-    groups: list[int]
-    """Texts that must stay on one side of a split share a number."""
+    given_groups: list[str | None]
+    """What the source says that each text belongs to."""
     values: tuple[str, str]
     """What the source calls the labels 0 and 1."""
     n_rows: int
@@ -50,6 +53,11 @@ class Task(NamedTuple):
     """Texts left out because the source gives them both labels."""
     repeats: list[int]
     """Rows of the source that each text stands for."""
+
+    @functools.cached_property
+    def groups(self) -> list[int]:
+        """Texts that must stay on one side of a split share a number (`groups_of`)."""
+        return groups_of(self.texts, self.given_groups)
 
 
 class PaperTask(NamedTuple):
@@ -118,7 +126,7 @@ def load(source: str) -> list[Task]:
     """
     if source in (SAE_PROBES_TEXT, GAO61):
         tasks = sae_probes([task.stem for task in PAPER_TASKS if task.stem] if source == GAO61 else None)
-        broken = {task.name: reason for task in tasks if (reason := broken_by(audit(task)))}
+        broken = {task.name: reason for task in tasks if (reason := broken_by(giveaways(task)))}
         for name, reason in broken.items():
             log.info("probe set %s is left out: %s", name, reason)
         return [task for task in tasks if task.name not in broken]
@@ -179,10 +187,10 @@ def make(name: str, where: str, rows: Iterable[tuple[str, str, str, str | None]]
             f"{where} has too few texts: {found} that are distinct; give {2 * _MIN_PER_CLASS} or more of each label"
         )
     texts = [entry[0] for entry in kept]
-    groups = groups_of(texts, [entry[2] for entry in kept])
+    given = [entry[2] for entry in kept]
     found_labels = [values.index(entry[1]) for entry in kept]
     repeats = [entry[3] for entry in kept]
-    return Task(name, texts, found_labels, groups, values, n_rows, len(seen) - len(kept), repeats)
+    return Task(name, texts, found_labels, given, values, n_rows, len(seen) - len(kept), repeats)
 
 
 def folded(text: str) -> str:
@@ -255,12 +263,8 @@ def audit(task: Task) -> dict[str, Any]:
     """What a person should know before believing a probe on this set, a row of results/probes/audit.csv.
 
     duplicate_share: share of rows that would have the same text on the other side of a random half-and-half split of
-    the rows, Σ_texts r (1 - 2^(1-r)) / rows for a text of r rows. length_auc: of the number of characters.
-    last_character_accuracy: of guessing the commoner label of each last character.
+    the rows, Σ_texts r (1 - 2^(1-r)) / rows for a text of r rows. The last two are `giveaways`.
     """
-    lengths = [float(len(text)) for text in task.texts]
-    last = Counter((text[-1], label) for text, label in zip(task.texts, task.labels, strict=True))
-    hits = sum(max(last[character, 0], last[character, 1]) for character in {character for character, _ in last})
     sizes = Counter(task.groups)
     crossing = sum(r * (1 - 2 ** (1 - r)) for r in task.repeats)
     return {
@@ -273,13 +277,20 @@ def audit(task: Task) -> dict[str, Any]:
         "largest_group": max(sizes.values()),
         "label_1": task.values[1],
         "share_of_label_1": sum(task.labels) / len(task.labels),
-        "length_auc": _auc(lengths, task.labels),
-        "last_character_accuracy": hits / len(task.texts),
+        **giveaways(task),
     }
 
 
+def giveaways(task: Task) -> dict[str, float]:
+    """length_auc, of the number of characters, and last_character_accuracy, of each one's commoner label."""
+    lengths = [float(len(text)) for text in task.texts]
+    last = Counter((text[-1], label) for text, label in zip(task.texts, task.labels, strict=True))
+    hits = sum(max(last[character, 0], last[character, 1]) for character in {character for character, _ in last})
+    return {"length_auc": _auc(lengths, task.labels), "last_character_accuracy": hits / len(task.texts)}
+
+
 def broken_by(found: dict[str, Any]) -> str | None:
-    """Why a set with this audit measures nothing but a giveaway, or None."""
+    """Why a set with these giveaways measures nothing else, or None."""
     auc, accuracy = found["length_auc"], found["last_character_accuracy"]
     if not 1 - LENGTH_AUC_LIMIT <= auc <= LENGTH_AUC_LIMIT:
         return f"the length of the text alone gives AUC {auc:.3f}"
