@@ -14,8 +14,8 @@ import pytest
 
 from monosem.activations import harvest
 from monosem.config import EvalConfig, HarvestConfig, TrainConfig
+from monosem.definitions import definition, sections
 from monosem.evals import Shared, evaluate, parts
-from monosem.evals.definitions import definition, sections
 from monosem.subject import Subject
 from monosem.training import train
 from tiny import D_MODEL, tiny_texts
