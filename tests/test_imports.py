@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stream", "run_folder"),
     ("training", "evals", "scaling", "explanations"),
     ("sweeps", "main_job"),
+    ("viewer",),
     ("cli",),
     ("__main__",),
 )
