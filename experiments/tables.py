@@ -100,21 +100,6 @@ def floors() -> str:
     return markdown(["instructions", "", "ms a step", "floor, ms", "share of the floor", "over the plain step"], rows)
 
 
-def runs(group: str) -> list[Row]:
-    with open(RESULTS / "runs.csv", newline="") as file:
-        return [row for row in csv.DictReader(file) if row["group"] == group]
-
-
-def learning_rates() -> str:
-    rows = [[f"{float(r['lr']):g}", *quality(r)] for r in runs("lr")]
-    return markdown(["lr", *QUALITY], rows)
-
-
-def dead() -> str:
-    rows = [[yes(r["tied_init"] == "True"), yes(r["auxk"] != "0"), *quality(r)] for r in runs("dead")]
-    return markdown(["tied init", "AuxK", *QUALITY], rows)
-
-
 def impl() -> str:
     """Seconds of a training of the demo's size with each implementation of the kernels, step by step in turn."""
     found = lab_runs("impl")
@@ -124,41 +109,6 @@ def impl() -> str:
         for r in found
     ]
     return markdown(["impl", "seconds", "times the fastest", *LAB_QUALITY], rows)
-
-
-def frontier() -> str:
-    """Every run of both activation functions, and what they say at equal L0."""
-    rows = [
-        [r["activation"], f"{float(r['lr']):g}", f"{float(r['sparsity_coef']):g}", f"{float(r['l0']):.1f}", *quality(r)]
-        for r in runs("topk") + sorted(runs("relu"), key=lambda r: (float(r["lr"]), float(r["sparsity_coef"])))
-    ]
-    return markdown(["activation", "lr", "sparsity_coef", "L0", *QUALITY], rows) + "\n\n" + verdict()
-
-
-def verdict() -> str:
-    """ReLU's NMSE at TopK's L0, each at its best lr: interpolated in log L0 between runs of one lr, never beyond."""
-    topk = min(runs("topk"), key=lambda r: float(r["normalized_mse"]))
-    k, nmse = float(topk["l0"]), float(topk["normalized_mse"])
-    found = [point for lr in sorted({r["lr"] for r in runs("relu")}) if (point := relu_at(k, lr))]
-    if not found:
-        return f"No two ReLU runs of one lr bracket L0 = {k:.1f}: no comparison."
-    relu, lr, (l0_a, a), (l0_b, b) = min(found)
-    return (
-        f"At L0 = {k:.1f}: TopK {nmse:.3f} (lr {float(topk['lr']):g}); ReLU + L1 {relu:.3f} (lr {float(lr):g}), "
-        f"interpolated between L0 = {l0_a:.1f} ({a:.3f}) and L0 = {l0_b:.1f} ({b:.3f}). "
-        f"ReLU / TopK = {relu / nmse:.2f}."
-    )
-
-
-def relu_at(k: float, lr: str) -> tuple[float, str, tuple[float, float], tuple[float, float]] | None:
-    """(NMSE at L0 = k, lr, the run below, the run above), or None when the runs of this lr do not bracket k."""
-    points = sorted((float(r["l0"]), float(r["normalized_mse"])) for r in runs("relu") if r["lr"] == lr)
-    below, above = [p for p in points if p[0] <= k], [p for p in points if p[0] > k]
-    if not below or not above:
-        return None
-    (l0_a, a), (l0_b, b) = below[-1], above[0]
-    share = (math.log(k) - math.log(l0_a)) / (math.log(l0_b) - math.log(l0_a))
-    return a + share * (b - a), lr, below[-1], above[0]
 
 
 def lab_runs(sweep: str) -> list[Row]:
@@ -194,10 +144,6 @@ def lab_law() -> str:
     """The joint law fitted to the laboratory's table, beside the paper's for GPT-4."""
     law = lab_joint_law()
     paper = {"alpha": -0.50, "beta_k": 0.26, "beta_n": -0.017, "gamma": -0.042, "zeta": -1.32, "eta": -0.085}
-
-    def end(value: float | None) -> str:
-        return "none" if value is None else f"{value:.3g}"
-
     rows = [
         [f"`{name}`", f"{c['value']:.3g}", f"[{end(c['low'])}, {end(c['high'])}]", f"{paper[name]:g}"]
         for name, c in law["coefficients"].items()
@@ -311,6 +257,44 @@ def lab_converged() -> str:
     return markdown(["n_latents", *(f"{t / 1e6:.1f}M" for t in tokens), "gain of the last doubling"], rows)
 
 
+def lab_converged_laws() -> str:
+    """L(N) and the tokens to convergence, with intervals, beside the paper's."""
+    laws = lab_laws("converged")
+    paper = {"T(N)": "0.60 to 0.65 (p)"}
+    rows = []
+    for name in ("n_converged", "tokens_to_convergence"):
+        (law,) = laws[name].values()
+        values = "; ".join(
+            f"{c} = {v['value']:.3g} [{end(v['low'])}, {end(v['high'])}]" for c, v in law["coefficients"].items()
+        )
+        rows.append([f"{law['law']}: {law['claim']}", law["verdict"], values, paper.get(law["law"], "")])
+    return markdown(["claim", "", "coefficients, 95% interval", "the paper"], rows)
+
+
+def lab_exponents() -> str:
+    """NMSE by n and b of L(N | D) = exp(a - b ln n) + exp(e): of real activations, a null, another subject."""
+    rows = []
+    for what, sweep in {
+        "SmolLM2-135M": "joint",
+        "Gaussian, its covariance": "gaussian",
+        "Gemma 3 270M": "gemma",
+    }.items():
+        if not (RESULTS / "lab" / sweep / "scaling.json").exists():
+            continue
+        law = lab_laws(sweep)["n_fixed_tokens"]["32"]
+        b, e = law["coefficients"]["b"], law["coefficients"]["e"]
+        tokens = law["at"]["tokens"]
+        nmse = {int(r["n_latents"]): r for r in lab_rows(sweep) if r["k"] == "32" and int(r["tokens"]) == tokens}
+        at = ", ".join(f"{n:,}: {float(r['normalized_mse']):.3f}" for n, r in sorted(nmse.items()))
+        interval = f"{b['value']:.2f} [{end(b['low'])}, {end(b['high'])}]"
+        rows.append([what, f"{tokens:,}", at, interval, f"{math.exp(e['value']):.3f}"])
+    return markdown(["activations", "tokens", "NMSE by n", "b", "irreducible"], rows)
+
+
+def end(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3g}"
+
+
 def lab_rows(sweep: str) -> list[Row]:
     """Every row of a sweep of the laboratory."""
     with open(RESULTS / "lab" / sweep / "runs.csv", newline="") as file:
@@ -329,15 +313,6 @@ def lab_quality(r: Row) -> list[str]:
     return [f"{float(r['normalized_mse']):.3f}", interval, f"{100 * float(r['dead_fraction']):.1f}%", r["weights"]]
 
 
-QUALITY = ["NMSE held out", "95% interval", "NMSE train", "dead", "never fired held out"]
-
-
-def quality(r: Row) -> list[str]:
-    interval = f"[{float(r['normalized_mse_low']):.3f}, {float(r['normalized_mse_high']):.3f}]"
-    shares = (f"{100 * float(r[name]):.1f}%" for name in ("dead_fraction", "never_fired_fraction"))
-    return [f"{float(r['normalized_mse']):.3f}", interval, f"{float(r['normalized_mse_train']):.3f}", *shares]
-
-
 def yes(on: bool) -> str:
     return "yes" if on else "no"
 
@@ -352,10 +327,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "seconds": seconds,
     "speed": speed,
     "floors": floors,
-    "learning_rates": learning_rates,
-    "dead": dead,
     "impl": impl,
-    "frontier": frontier,
     "lab_learning_rates": lab_learning_rates,
     "lab_joint": lab_joint,
     "lab_law": lab_law,
@@ -365,6 +337,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "lab_batch": lab_batch,
     "lab_predictions": lab_predictions,
     "lab_converged": lab_converged,
+    "lab_converged_laws": lab_converged_laws,
+    "lab_exponents": lab_exponents,
 }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import hashlib
 import json
 import math
 import typing
@@ -427,11 +426,6 @@ def from_dict(kind: type[C], data: dict[str, Any]) -> C:
     if missing := sorted(set(fields) - set(data)):
         raise ValueError(f"{kind.__name__} lacks {', '.join(missing)}; every field must be there")
     return kind(**{name: _checked(kind, name, hints[name], value) for name, value in data.items()})
-
-
-def config_hash(config: Any) -> str:
-    """sha256 of the config's canonical JSON."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
 
 
 def changed_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
