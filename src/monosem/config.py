@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import json
 import math
 import typing
 from dataclasses import dataclass, field
