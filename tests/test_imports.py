@@ -25,8 +25,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("step", "subject", "tokens", "convert"),
     ("checkpoint", "activations", "n2g"),
     ("stream", "run_folder"),
-    ("training", "evals", "scaling", "explanations"),
-    ("sweeps", "main_job"),
+    ("training", "evals", "scaling"),
+    ("sweeps", "explanations"),
+    ("main_job",),
     ("cli",),
     ("__main__",),
 )

@@ -25,6 +25,11 @@ class ExplainStore:
         if not (self.folder / "manifest.json").exists():
             raise ValueError(f"{self.folder} holds no explanation; make one with monosem explain {self.folder.parent}")
         self.manifest = artifacts.read_manifest(self.folder / "manifest.json", KIND)
+        if missing := {"weights", "activations"} - self.manifest.get("computed", {}).keys():
+            raise ValueError(
+                f"{self.folder} is unfinished (no {' and no '.join(sorted(missing))}); monosem explain "
+                f"{self.folder.parent} goes on"
+            )
         self.n_latents: int = self.manifest["n_latents"]
 
     def __contains__(self, name: str) -> bool:
@@ -52,7 +57,7 @@ class ColumnWriter:
     """Writes the columns of one explanation and remembers what the manifest has to say of them."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.part = folder, ""
         self.columns: dict[str, dict[str, Any]] = {}
 
     def write(self, name: str, array: np.ndarray, meaning: str) -> None:
@@ -63,4 +68,9 @@ class ColumnWriter:
                 np.save(file, array, allow_pickle=False)
 
         artifacts.write_atomic(self.folder / f"{name}.npy", save)
-        self.columns[name] = {"dtype": str(array.dtype), "shape": list(array.shape), "meaning": meaning}
+        self.columns[name] = {
+            "dtype": str(array.dtype),
+            "shape": list(array.shape),
+            "meaning": meaning,
+            "part": self.part,
+        }
