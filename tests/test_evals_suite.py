@@ -14,8 +14,8 @@ import pytest
 
 from monosem.activations import harvest
 from monosem.config import EvalConfig, HarvestConfig, TrainConfig
+from monosem.definitions import definition, sections
 from monosem.evals import evaluate, parts
-from monosem.evals.definitions import definition, sections
 from monosem.training import train
 from tiny import tiny_texts
 

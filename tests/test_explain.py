@@ -19,9 +19,9 @@ from monosem import n2g
 from monosem.activations import ActivationStore, harvest
 from monosem.artifacts import read_json, write_json
 from monosem.config import ExplainConfig, HarvestConfig, TrainConfig
+from monosem.explained import ExplainStore
 from monosem.explanations import entry, words
 from monosem.explanations.entry import explain
-from monosem.explanations.store import ExplainStore
 from monosem.kernels import reference
 from monosem.model import Autoencoder
 from monosem.subject import Subject

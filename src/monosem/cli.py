@@ -21,7 +21,7 @@ from typing import Any
 
 import tyro
 
-from monosem import __version__, config, logs
+from monosem import __version__, charts, config, logs
 
 log = logging.getLogger("monosem")
 
@@ -32,10 +32,11 @@ _STAGES: dict[str, type] = {
     "sweep": config.SweepConfig,
     "eval": config.EvalConfig,
     "explain": config.ExplainConfig,
+    "serve": config.ServeConfig,
     "scale": config.ScaleConfig,
     "plan": config.PlanConfig,
 }
-_POSITIONAL = {"eval": "run", "explain": "run", "scale": "table"}
+_POSITIONAL = {"eval": "run", "explain": "run", "serve": "run", "scale": "table"}
 _WITH_JSON = ("eval", "run", "scale", "plan")
 
 _USAGE = f"""monosem {__version__}: sparse autoencoders of a language model's activations, trained and measured.
@@ -49,6 +50,7 @@ usage: monosem COMMAND [--config FILE.json] [flags]
   eval RUN  autoencoder -> numbers on held-out text        (--json: one JSON object on stdout)
             several RUNs, --report PAGE.html: a page to read, and its table as PAGE.md
   explain RUN  what each latent fires on, votes for and is near to, as columns in RUN/explain
+  serve RUN    all of it on pages in the browser, on this machine only
   scale DIR table of runs -> scaling laws and figures      (--json)
   plan      a budget or a goal -> n, k, tokens, hours, bytes by those laws, and a prediction to check   (--json)
 
@@ -149,6 +151,11 @@ def _stage(name: str, argv: list[str]) -> int:
 
         explained = explain(stage)
         print(f"{explained.n_latents:,} latents over {explained.manifest['n_tokens']:,} tokens in {explained.folder}")
+    elif name == "serve":
+        charts.library("uvicorn", "viewer")
+        from monosem.viewer.server import serve
+
+        serve(stage)
     elif name == "scale":
         from monosem.scaling import scale, summary
 

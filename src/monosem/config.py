@@ -344,6 +344,24 @@ class ExplainConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """A run -> pages in the browser, on this machine only (`monosem serve`)."""
+
+    run: str
+    """Run folder (with autoencoder/ in it) or the folder of a released autoencoder."""
+    port: int = 8765
+    """Port on 127.0.0.1; 0 takes a free one."""
+    scaling: str | None = None
+    """Folder of a scaling.json to show; default: the folder that the run is in."""
+    read_only: bool = False
+    """Keep no notes and no stars."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port is {self.port}; give a whole number from 0 to 65535")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The main job: harvest, train, evaluate in one folder (`monosem run`)."""
 

@@ -17,11 +17,11 @@ import numpy as np
 from monosem import artifacts
 from monosem.activations import ActivationStore
 from monosem.config import ExplainConfig
+from monosem.explained import ExplainStore
 from monosem.explanations import collect, effects, rules, words
 from monosem.explanations.job import Job, Of
 from monosem.explanations.lens import lens
 from monosem.explanations.neighbours import by_coactivation, by_decoder
-from monosem.explanations.store import ExplainStore
 from monosem.logs import progress
 from monosem.model import Autoencoder
 from monosem.run_folder import autoencoder_folder

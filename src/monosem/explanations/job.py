@@ -11,8 +11,9 @@ import numpy as np
 
 from monosem import artifacts
 from monosem.config import ExplainConfig, to_dict
+from monosem.explained import KIND
 from monosem.explanations import collect
-from monosem.explanations.store import KIND, ColumnWriter
+from monosem.explanations.store import ColumnWriter
 from monosem.run_folder import check_subject, open_run
 from monosem.subject import Subject
 from monosem.types import resolve_device
