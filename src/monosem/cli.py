@@ -136,12 +136,11 @@ def _stage(name: str, argv: list[str]) -> int:
             raise ValueError(f"`monosem {name}` takes one {_POSITIONAL[name]}, not {', '.join(given)}")
     stage = _parse(name, _STAGES[name], ours.config, rest)
     if name == "harvest":
-        from monosem.activations import harvest
+        from monosem.activations import harvest, harvest_layers
 
-        store = harvest(stage)
-        print(
-            f"{store.n_rows('train'):,} training and {store.n_rows('held_out'):,} held-out activations in {stage.out}"
-        )
+        for store in harvest_layers(stage) if stage.layers else [harvest(stage)]:
+            counts = (f"{store.n_rows(split):,}" for split in ("train", "held_out"))
+            print("{} training and {} held-out activations in {}".format(*counts, store.path))
     elif name == "train":
         from monosem.training import train
 

@@ -38,6 +38,8 @@ class HarvestConfig:
     """Hub revision of the subject (branch, tag or commit)."""
     layer: int | None = None
     """0-based block; default ceil(0.75 L) - 1, three quarters of the depth (Gao et al. 2024, section 1)."""
+    layers: tuple[int, ...] = ()
+    """Instead of `layer`, several in one forward pass: a store each, in OUT/layer-L."""
     location: str = "resid_post_mlp"
     """resid_post_mlp, resid_post_attn, resid_delta_mlp, resid_delta_attn, mlp_post_act, or a dotted module name."""
     corpus: str = DEFAULT_CORPUS
@@ -72,6 +74,9 @@ class HarvestConfig:
         _check_seed(self.seed)
         if self.layer is not None and self.layer < 0:
             raise ValueError(f"layer is {self.layer}; layers count from 0")
+        if self.layers and (self.layer is not None or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0):
+            given = f"layer is {self.layer} and layers is {list(self.layers)}"
+            raise ValueError(f"{given}; give one of them, each layer once, counted from 0")
 
 
 @dataclass(frozen=True)
