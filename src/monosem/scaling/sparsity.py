@@ -65,12 +65,13 @@ def unbeaten(points: list[Point]) -> tuple[list[Point], list[Excluded]]:
 
 
 def _gaps(points: list[Point], activation: str, seed: int) -> list[dict[str, Any]]:
-    """ln NMSE of `activation` − ln NMSE of TopK at each n and each L0 of TopK that both bracket."""
+    """ln NMSE of `activation` − that of TopK at each n and each L0 of TopK that both bracket, else each of its own."""
     found = []
     for n in sorted({p.n_latents for p in points}):
         theirs = [p for p in points if p.activation == activation and p.n_latents == n]
         ours = [p for p in points if p.activation == "topk" and p.n_latents == n]
-        for l0 in sorted({float(p.k) for p in ours}):
+        shared = [float(k) for k in sorted({p.k for p in ours}) if _between(theirs, k) is not None]
+        for l0 in shared or sorted(p.l0 for p in theirs):
             ends = _between(theirs, l0), _between(ours, l0)
             if ends[0] is None or ends[1] is None:
                 continue
