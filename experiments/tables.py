@@ -175,7 +175,7 @@ def gaps(sweep: str) -> str:
         used = f"{len(runs_there)} at L0 {runs_there[0]['l0']:.0f} to {runs_there[-1]['l0']:.0f}"
         size = f"{gap['n_latents']:,}", f"{gap['l0']:.3g}"
         rows.append([gap["activation"], *size, f"{ratio[0]:.2f}", f"[{ratio[1]:.2f}, {ratio[2]:.2f}]", used])
-    return markdown(["", "n_latents", "L0", "NMSE / TopK's", "95% interval", "unbeaten runs"], rows)
+    return markdown(["", "n_latents", "L0", "NMSE / TopK's", "95% interval", "its runs"], rows)
 
 
 def lab_dead() -> str:
