@@ -39,26 +39,27 @@ COLUMNS = {
     "mean_square": Column("mean square", "mean square of the activation where active"),
     "skew": Column("skew", "skewness of the activation where active: positive with a tail of strong ones"),
     "kurtosis": Column("kurtosis", "kurtosis of the activation where active; 3 for a normal distribution"),
-    "n2g_recall": Column("N2G recall", "of the tokens on which it fires, the share its rule predicts", "n2g"),
-    "n2g_precision": Column("N2G precision", "of the tokens the rule predicts, the share on which it fires", "n2g"),
-    "n2g_density": Column("N2G density", "share of tokens at which the rule predicts", "n2g"),
+    "n2g_recall": Column("N2G recall", "of the tokens on which it fires, the share its rule predicts", "rules"),
+    "n2g_precision": Column("N2G precision", "of the tokens the rule predicts, the share on which it fires", "rules"),
+    "n2g_density": Column("N2G density", "share of the held-out tokens on which it fires", "rules"),
     "probe_best": Column("probe loss", "lowest loss of a one-latent probe, over the tasks; lower is better", "probes"),
     "ablation_sparsity": Column(
-        "ablation sparsity", "share of the later logits that it moves when taken out; 1 when all alike", "ablation"
+        "ablation sparsity", "share of the later logits that it moves when taken out; 1 when all alike", "effects"
     ),
 }
 """What the table can be sorted by, in the order in which it is shown."""
 
 _COMMANDS = {
     "collect": "monosem explain {run}",
-    "n2g": "monosem explain {run}",
-    "probes": "monosem explain {run}",
-    "ablation": "monosem explain {run}",
-    "words": "monosem explain {run}",
     "votes": "monosem explain {run}",
+    "words": "monosem explain {run}",
+    "rules": "monosem explain {run} --n2g all",
+    "effects": "monosem explain {run} --ablations all",
+    "probes": "monosem eval {run} --suite quick && monosem explain {run}",
     "metrics": "monosem eval {run}",
     "scaling": "monosem scale DIR",
 }
+"""By part: what to type to compute it, for all latents."""
 
 
 class Run:
@@ -71,9 +72,7 @@ class Run:
         self.facts = artifacts.read_manifest(self._autoencoder() / "config.json", "autoencoder")
         self.n_latents: int = self.facts["config"]["n_latents"]
         self.report = self._manifest("eval.json", "evaluation")
-        self.explanation = ExplainStore(folder / "explain") if (folder / "explain/manifest.json").exists() else None
-        if self.explanation is not None and self.explanation.n_latents != self.n_latents:
-            raise ValueError(f"{folder}/explain is of another autoencoder; delete it and run {self.command('collect')}")
+        self.explanation, self.trouble = self._explanation()
         self.notes = Notes(folder / "notes.sqlite")
         self.scaling_folder = scaling if scaling is not None else self.folder.absolute().parent
         self._orders: dict[tuple[str, bool], np.ndarray] = {}
@@ -154,6 +153,19 @@ class Run:
             if (folder / "config.json").exists():
                 return folder
         raise ValueError(f"{self.folder} holds no autoencoder; give the folder of a finished run (monosem run)")
+
+    def _explanation(self) -> tuple[ExplainStore | None, str | None]:
+        """The explanation, or why there is none that can be shown; neither before `explain` has begun."""
+        if not (self.folder / "explain/manifest.json").exists():
+            return None, None
+        try:
+            found = ExplainStore(self.folder / "explain")
+            config = self.facts["config"]
+            if changed := [name for name in config if found.manifest.get(name) != config[name]]:
+                return None, f"{found.folder} is of another autoencoder ({', '.join(changed)}); explain this one"
+        except ValueError as error:
+            return None, str(error)
+        return found, None
 
     def _manifest(self, name: str, kind: str) -> dict[str, Any] | None:
         path = self.folder / name
