@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, Page, Playwright
+from playwright.sync_api import Browser, Dialog, Page, Playwright
 
 from monosem.viewer.server import application
 from monosem.viewer.web import Site
@@ -67,11 +67,15 @@ def visiting(browser: Browser, address: str, *, allowed: str | None = None, **op
         if parts.scheme not in LOCAL and f"{parts.scheme}://{parts.netloc}" != address:
             fault("request", url)
 
+    def refuse(dialog: Dialog) -> None:
+        fault("dialog", dialog.message)
+        dialog.dismiss()
+
     page = context.new_page()
     page.on("console", lambda message: fault("console", message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: fault("script", str(error)))
     page.on("request", lambda request: check(request.url))
-    page.on("dialog", lambda dialog: (fault("dialog", dialog.message), dialog.dismiss()))
+    page.on("dialog", refuse)
     try:
         yield page
     finally:

@@ -81,7 +81,7 @@ def write_ablations(folder: Path, latents: list[int]) -> None:
     kl[:, :, 8:] = np.linspace(0.01, 1, context - 8)
     tokens = np.tile(np.arange(10, dtype=np.int32), (a, x, 1))
     columns = {
-        "ablation_latents": np.array(latents, np.int32), "ablation_examples": np.tile(np.int32([0, 1]), (a, 1)),
+        "ablation_latents": np.array(latents, np.int32), "ablation_examples": np.tile(np.arange(2, dtype=np.int32), (a, 1)),
         "ablation_kl": kl, "ablation_delta_ce": -kl, "ablation_up": tokens, "ablation_down": tokens + 10,
         "ablation_up_values": tokens / np.float32(10), "ablation_down_values": tokens / np.float32(-10),
     }  # fmt: skip
