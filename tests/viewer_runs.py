@@ -11,7 +11,7 @@ import numpy as np
 from monosem.activations import harvest
 from monosem.config import EvalConfig, ExplainConfig, HarvestConfig, TrainConfig
 from monosem.evals import evaluate
-from monosem.explanations import explain
+from monosem.explanations.entry import explain
 from monosem.training import train
 
 N_LATENTS = 64
@@ -37,7 +37,7 @@ def tiny_run(folder: Path, model: Path, corpus: Path) -> Path:
         )
     )
     evaluate(EvalConfig(run=str(folder), n_tokens_downstream=256, n_bootstrap=20))
-    explain(ExplainConfig(run=str(folder), device="cpu"))
+    explain(ExplainConfig(run=str(folder), n2g=0, ablations=0, device="cpu"))
     return folder
 
 
@@ -54,6 +54,7 @@ def write_words(folder: Path, explanations: dict[int, str]) -> None:
     position, context, contexts = (
         np.load(folder / f"explain/{name}.npy") for name in ("top_position", "top_context", "contexts")
     )
+    (folder / "explain/words.sqlite").unlink()
     file = sqlite3.connect(folder / "explain/words.sqlite")
     with file:
         file.execute(
