@@ -167,7 +167,7 @@ def around(run: Run, latent: int, query: search.Query) -> Around:
         return Around(
             latent, run.n_latents, latent - 1 if latent else None, latent + 1 if latent + 1 < run.n_latents else None
         )
-    found = search.select(run, query)
+    found = search.select(run, query).latents
     at = np.flatnonzero(found == latent)
     if not len(at):
         return Around(None, len(found), None, int(found[0]) if len(found) else None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +29,8 @@ class Column(NamedTuple):
 
     label: str
     meaning: str
-    part: str = "collect"
-    """Of the explanation: which command computes it."""
+    part: str = "activations"
+    """Of the explanation (docs/formats.md)."""
 
 
 COLUMNS = {
@@ -39,27 +40,18 @@ COLUMNS = {
     "mean_square": Column("mean square", "mean square of the activation where active"),
     "skew": Column("skew", "skewness of the activation where active: positive with a tail of strong ones"),
     "kurtosis": Column("kurtosis", "kurtosis of the activation where active; 3 for a normal distribution"),
-    "n2g_recall": Column("N2G recall", "of the tokens on which it fires, the share its rule predicts", "rules"),
-    "n2g_precision": Column("N2G precision", "of the tokens the rule predicts, the share on which it fires", "rules"),
-    "n2g_density": Column("N2G density", "share of the held-out tokens on which it fires", "rules"),
+    "n2g_recall": Column("N2G recall", "of the tokens on which it fires, the share its rule predicts", "n2g"),
+    "n2g_precision": Column("N2G precision", "of the tokens the rule predicts, the share on which it fires", "n2g"),
+    "n2g_density": Column("N2G density", "share of the held-out tokens on which it fires", "n2g"),
     "probe_best": Column("probe loss", "lowest loss of a one-latent probe, over the tasks; lower is better", "probes"),
     "ablation_sparsity": Column(
-        "ablation sparsity", "share of the later logits that it moves when taken out; 1 when all alike", "effects"
+        "ablation sparsity", "share of the later logits that it moves when taken out; 1 when all alike", "ablations"
     ),
 }
 """What the table can be sorted by, in the order in which it is shown."""
 
-_COMMANDS = {
-    "collect": "monosem explain {run}",
-    "votes": "monosem explain {run}",
-    "words": "monosem explain {run}",
-    "rules": "monosem explain {run} --n2g all",
-    "effects": "monosem explain {run} --ablations all",
-    "probes": "monosem eval {run} --suite quick && monosem explain {run}",
-    "metrics": "monosem eval {run}",
-    "scaling": "monosem scale DIR",
-}
-"""By part: what to type to compute it, for all latents."""
+_COMMANDS = {"metrics": "monosem eval RUN", "scaling": "monosem scale DIR"}
+_EXPLAIN = "monosem explain RUN"
 
 
 class Run:
@@ -92,8 +84,10 @@ class Run:
         return self.folder / "explain/words.sqlite"
 
     def command(self, part: str) -> str:
-        """What to type to compute a part."""
-        return _COMMANDS[part].format(run=shlex.quote(str(self.folder)))
+        """What to type to compute a part: of the explanation as its manifest has it, `metrics` or `scaling`."""
+        made = self.explanation.manifest["computed"].get(part, {}) if self.explanation is not None else {}
+        words = made.get("command", _COMMANDS.get(part, _EXPLAIN))
+        return re.sub(r"\bRUN\b", lambda _: shlex.quote(str(self.folder)), words)
 
     def column(self, name: str) -> np.ndarray | None:
         """A column of the explanation, memory-mapped; None when it was not computed."""
