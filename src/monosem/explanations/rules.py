@@ -25,7 +25,7 @@ from monosem.logs import progress
 from monosem.types import FIRED_THRESHOLD
 
 FILE = "n2g.jsonl"
-N_EXAMPLES = 8
+N_EXAMPLES = 5
 """Of the strongest, and as many of the random ones, from which a rule is made."""
 _LATENTS_AT_ONCE = 32
 _COLUMNS = {
