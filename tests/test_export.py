@@ -6,7 +6,6 @@ import contextlib
 import functools
 import http.server
 import json
-import os
 import re
 import shutil
 import threading
@@ -16,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from playwright.sync_api import expect, sync_playwright
 
+from browsing import chromium, visiting
 from monosem import cli, export
 from monosem.activations import harvest
 from monosem.artifacts import read_json
@@ -26,7 +27,6 @@ from monosem.explanations.entry import explain
 from monosem.export import sae_viewer, site
 from monosem.training import train
 
-CHROMIUM = shutil.which("chromium")
 EXPORTED = 12
 
 
@@ -160,22 +160,14 @@ def served(folder: Path) -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.mark.skipif(CHROMIUM is None and "CI" not in os.environ, reason="no chromium here; CI has one")
 @pytest.mark.parametrize("way", ["file", "http"])
 def test_pages_work_in_chromium(way: str, pages: Path, store: ExplainStore) -> None:
-    sync_api = pytest.importorskip("playwright.sync_api")
     rules = np.flatnonzero(~np.isnan(store.column("n2g_precision"))).tolist()
     with contextlib.ExitStack() as stack:
         root = pages.as_uri() if way == "file" else stack.enter_context(served(pages))
-        playwright = stack.enter_context(sync_api.sync_playwright())
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = chromium(stack.enter_context(sync_playwright()))
         stack.callback(browser.close)
-        page = browser.new_page()
-        wrong: list[str] = []
-        page.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda r: None if r.url.startswith((root, "data:")) else wrong.append(r.url))
-        page.on("response", lambda r: wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+        page = stack.enter_context(visiting(browser, "file://" if way == "file" else root))
         page.goto(f"{root}/index.html")
         page.wait_for_selector("#map[data-drawn=true]")
         page.select_option("#colour", "max")
@@ -183,32 +175,31 @@ def test_pages_work_in_chromium(way: str, pages: Path, store: ExplainStore) -> N
 
         page.click("nav[aria-label=Pages] >> text=Latents")
         numbers = "table.grid tbody th"
-        sync_api.expect(page.locator(numbers)).to_have_text([str(i) for i in rules])
+        expect(page.locator(numbers)).to_have_text([str(i) for i in rules])
         page.click("table.grid thead >> text=max")
         by_max = sorted(rules, key=lambda i: -store.column("max")[i])
-        sync_api.expect(page.locator(numbers)).to_have_text([str(i) for i in by_max])
+        expect(page.locator(numbers)).to_have_text([str(i) for i in by_max])
         page.click(f"{numbers} a >> nth=0")
-        sync_api.expect(page.locator("h1")).to_have_text(str(by_max[0]))
+        expect(page.locator("h1")).to_have_text(str(by_max[0]))
         page.click("#tab-random")
         page.wait_for_url("**show=random*")
-        sync_api.expect(page.locator("#panel-random")).to_be_visible()
+        expect(page.locator("#panel-random")).to_be_visible()
         page.wait_for_function("document.querySelector('.steps .soft').textContent.startsWith('1 of')")
         page.keyboard.press("j")
-        sync_api.expect(page.locator("h1")).to_have_text(str(by_max[1]))
-        sync_api.expect(page.locator("#panel-random")).to_be_visible()
+        expect(page.locator("h1")).to_have_text(str(by_max[1]))
+        expect(page.locator("#panel-random")).to_be_visible()
         page.keyboard.press("u")
-        sync_api.expect(page.locator(numbers)).to_have_text([str(i) for i in by_max])
+        expect(page.locator(numbers)).to_have_text([str(i) for i in by_max])
 
         word = page.locator("table.grid tbody tr").nth(0).locator(".chip").nth(0).inner_text().strip()
         page.fill("#q", word if word.isalnum() and not word.isdigit() else "e")
         page.click("#filters button")
-        sync_api.expect(page.locator(".lead")).to_contain_text("Show all")
+        expect(page.locator(".lead")).to_contain_text("Show all")
         page.goto(f"{root}/latents.html?min_max={store.column('max')[by_max[3]] - 1e-4}")
-        sync_api.expect(page.locator(numbers)).to_have_count(4)
+        expect(page.locator(numbers)).to_have_count(4)
         page.goto(f"{root}/latents.html?q={rules[2]}")
-        sync_api.expect(page.locator("h1")).to_have_text(str(rules[2]))
+        expect(page.locator("h1")).to_have_text(str(rules[2]))
         page.goto(f"{root}/latents/random.html")
         page.wait_for_url(re.compile(r"latents/\d+\.html"))
         page.click("nav[aria-label=Pages] >> text=Try text")
-        sync_api.expect(page.locator("#absent")).to_contain_text("needs the model")
-        assert wrong == []
+        expect(page.locator("#absent")).to_contain_text("needs the model")

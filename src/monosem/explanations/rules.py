@@ -76,7 +76,8 @@ def read(path: Path, of: Of) -> dict[int, dict[str, Any]]:
 
 
 def _header(of: Of) -> str:
-    return json.dumps({"kind": "n2g-rules", "format": artifacts.FORMAT_VERSION, "of": of["activations"]})
+    made = {"kind": "n2g-rules", "format": artifacts.FORMAT_VERSION, "n_examples": N_EXAMPLES}
+    return json.dumps({**made, "of": of["activations"]})
 
 
 def _start(path: Path, of: Of, kept: dict[int, dict[str, Any]]) -> None:
