@@ -9,6 +9,7 @@ each is active in its strongest contexts (`top_activations`), since those are wh
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -153,7 +154,7 @@ def best_cosines(a: Any, b: Any) -> tuple[Best, Best]:
                 better = score > one.score[here]
                 one.score[here][better] = score[better]
                 one.latent[here][better] = at[better] + there.start
-    return best
+    return best[0], best[1]
 
 
 def active_tokens(a: Run, b: Run) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
@@ -179,7 +180,7 @@ def best_together(
     by_latent = np.argsort(a[1], kind="stable")
     ends = np.searchsorted(a[1][by_latent], np.arange(0, n_a + _ROWS_AT_ONCE, _ROWS_AT_ONCE))
     best = tuple(Best(np.full(n, -1, np.int32), np.zeros(n, np.float32)) for n in (n_a, n_b))
-    for start, end in zip(ends[:-1], ends[1:], strict=True):
+    for start, end in itertools.pairwise(ends):
         mine = by_latent[start:end]
         n = (high - low)[mine]
         at = np.repeat(low[mine] - (np.cumsum(n) - n), n) + np.arange(n.sum())
@@ -192,7 +193,7 @@ def best_together(
             first = first[np.r_[True, np.diff(here[first]) != 0][: len(first)]]
             better = first[jaccard[first] > one.score[here[first]]]
             one.score[here[better]], one.latent[here[better]] = jaccard[better], there[better]
-    return best
+    return best[0], best[1]
 
 
 def summary(matches: Matches) -> dict[str, Any]:
@@ -281,7 +282,7 @@ def _pairs(run: Run, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return tokens, latents
 
 
-class _decoder:  # noqa: N801 used like a function
+class _decoder:
     """The decoder of a run, row by row from the disk; `ValueError` when it cannot be read."""
 
     def __init__(self, run: Run) -> None:
@@ -363,7 +364,9 @@ def _page(site: Site, request: Request) -> Response:
             except TimeoutError:
                 found["waiting"] = True
     names = {name: _n_latents(folder) for name, folder in others(site).items()}
-    return web.page(site, request, "compare", names=names, chosen=request.query_params.get("with"), shows=SHOWS, **found)
+    return web.page(
+        site, request, "compare", names=names, chosen=request.query_params.get("with"), shows=SHOWS, **found
+    )
 
 
 def _n_latents(folder: Path) -> int | None:

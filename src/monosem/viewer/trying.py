@@ -1,4 +1,4 @@
-"""Trying text of one's own: the page /try, and what it asks of the model (`live`, imported at the first such request)."""
+"""Trying text of one's own: the page /try, and what it asks of the model (`live`, imported at the first request)."""
 
 from __future__ import annotations
 

@@ -172,7 +172,8 @@ async function askModel(view) {
 async function ask(name, body, signal) {
   const options = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body), signal };
   const answer = await fetch(`/api/v1/${name}`, options);
-  const found = await answer.json();
+  const said = await answer.text();
+  const found = answer.headers.get("content-type").startsWith("application/json") ? JSON.parse(said) : { error: said };
   if (!answer.ok) throw new Error(found.error);
   return found;
 }
@@ -222,6 +223,7 @@ function showStrip(view) {
   page.strip.replaceChildren(...found.tokens.flatMap((token, i) => {
     const button = element("button", "", token.shown || "∅");
     button.type = "button";
+    if (!token.shown.trim()) button.setAttribute("aria-label", shownAlone(token));
     button.tabIndex = i === found.position ? 0 : -1;
     button.dataset.position = i;
     button.setAttribute("aria-pressed", String(i === found.position));
