@@ -151,9 +151,12 @@ class ActivationStore:
         """All rows of the split in the store's dtype, in memory."""
         return torch.cat([self.block(split, index) for index in range(self.n_blocks(split))])
 
-    def contexts(self, split: str) -> Contexts:
-        """The tokens that the rows of the split belong to, with their addresses."""
-        shards = [self._shard(split, index) for index in range(len(self._split(split)["shards"]))]
+    def contexts(self, split: str, n_blocks: int | None = None) -> Contexts:
+        """The tokens that the rows of the split belong to, with their addresses; at least those of the first blocks."""
+        n_shards = len(self._split(split)["shards"])
+        if n_blocks is not None:  # so that the other shards need not be read to be checked
+            n_shards = min(n_shards, -(-n_blocks // self.config["shard_blocks"]))
+        shards = [self._shard(split, index) for index in range(n_shards)]
         tokens, documents, positions = (torch.cat([s.get_tensor(name) for s in shards]) for name in _ADDRESS)
         file = self._split(split)["documents"]
         _check_sha256(self.path / file["file"], file["sha256"])

@@ -147,7 +147,7 @@ def _stage(name: str, argv: list[str]) -> int:
 
         print(f"{summary(sweep(stage))}\nthe runs: {stage.out}/runs.csv; where the time went: {stage.out}/sweep.json")
     elif name == "explain":
-        from monosem.explanations import explain
+        from monosem.explanations.entry import explain
 
         explained = explain(stage)
         print(f"{explained.n_latents:,} latents over {explained.manifest['n_tokens']:,} tokens in {explained.folder}")

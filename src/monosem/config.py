@@ -318,7 +318,7 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class ExplainConfig:
-    """Autoencoder -> statistics, examples, neighbours and votes of every latent (`monosem explain`)."""
+    """Autoencoder -> what every latent fires on and votes for, and rules and effects of some (`monosem explain`)."""
 
     run: str
     """Run folder (with autoencoder/ in it) or the folder of a released autoencoder."""
@@ -326,12 +326,20 @@ class ExplainConfig:
     """Activation store whose training tokens are looked at; default: the one the run was trained on."""
     n_tokens: int = 1_048_576
     """Tokens to look at (fewer if the store has fewer)."""
+    n2g: int | Literal["all"] = 256
+    """Latents that get an N2G rule with its recall and precision, drawn among those that fire; more add to what is
+    there, and 0 makes none."""
+    ablations: int | Literal["all"] = 32
+    """Latents ablated at the peaks of their strongest examples; the first of those with rules. 0 for none."""
     seed: int = 0
-    """Which contexts are drawn as random and quantile examples."""
+    """Which contexts are drawn as random and quantile examples, and which latents get rules and ablations."""
     device: str = "auto"
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "n_tokens")
+        for name in ("n2g", "ablations"):
+            if getattr(self, name) != "all":
+                _at_least(self, 0, name)
         _check_seed(self.seed)
 
 
@@ -455,10 +463,15 @@ def _checked(kind: type, name: str, hint: Any, value: Any) -> Any:
         if value not in allowed:
             raise ValueError(f"{kind.__name__}.{name} is {value!r}; choose one of {', '.join(map(str, allowed))}")
         return value
+    if value in [choice for a in allowed if typing.get_origin(a) is Literal for choice in typing.get_args(a)]:
+        return value
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not any(type(value) is a for a in allowed):
-        names = " or ".join(getattr(a, "__name__", str(a)) for a in allowed)
+        names = " or ".join(
+            repr(*typing.get_args(a)) if typing.get_origin(a) is Literal else getattr(a, "__name__", str(a))
+            for a in allowed
+        )
         raise ValueError(f"{kind.__name__}.{name} is {value!r}; it must be {names}")
     return value
 

@@ -24,6 +24,11 @@ class ExplainStore:
         if not (self.folder / "manifest.json").exists():
             raise ValueError(f"{self.folder} holds no explanation; make one with monosem explain {self.folder.parent}")
         self.manifest = artifacts.read_manifest(self.folder / "manifest.json", KIND)
+        if missing := {"weights", "activations"} - self.manifest.get("computed", {}).keys():
+            raise ValueError(
+                f"{self.folder} is unfinished (no {' and no '.join(sorted(missing))}); monosem explain "
+                f"{self.folder.parent} goes on"
+            )
         self.n_latents: int = self.manifest["n_latents"]
 
     def __contains__(self, name: str) -> bool:

@@ -8,16 +8,13 @@ from typing import Any
 import numpy as np
 
 from monosem import artifacts
-from monosem.explained import KIND, ExplainStore
-
-__all__ = ["KIND", "ColumnWriter", "ExplainStore"]
 
 
 class ColumnWriter:
     """Writes the columns of one explanation and remembers what the manifest has to say of them."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.part = folder, ""
         self.columns: dict[str, dict[str, Any]] = {}
 
     def write(self, name: str, array: np.ndarray, meaning: str) -> None:
@@ -28,4 +25,9 @@ class ColumnWriter:
                 np.save(file, array, allow_pickle=False)
 
         artifacts.write_atomic(self.folder / f"{name}.npy", save)
-        self.columns[name] = {"dtype": str(array.dtype), "shape": list(array.shape), "meaning": meaning}
+        self.columns[name] = {
+            "dtype": str(array.dtype),
+            "shape": list(array.shape),
+            "meaning": meaning,
+            "part": self.part,
+        }
