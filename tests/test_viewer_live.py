@@ -37,7 +37,7 @@ def runs(tiny_model: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPathF
     tiny_run(folder / "one", tiny_model, tiny_corpus)
     settings = {"store": str(folder / "one/store"), "k": 4, "n_tokens": 3000, "batch_size": 100}
     train(TrainConfig(out=str(folder / "two"), n_latents=48, seed=1, **settings))  # type: ignore[arg-type]
-    explain(ExplainConfig(run=str(folder / "two"), device="cpu"))
+    explain(ExplainConfig(run=str(folder / "two"), n2g=0, ablations=0, device="cpu"))
     shutil.copytree(folder / "one/autoencoder", folder / "bare/autoencoder")
     return folder
 

@@ -15,6 +15,7 @@ from browsing import AUDIT, chromium, serving, visiting
 from monosem.config import ExplainConfig, TrainConfig
 from monosem.explanations.entry import explain
 from monosem.training import train
+from monosem.viewer import trying
 from monosem.viewer.web import Site
 from viewer_runs import make_nasty, tiny_run
 
@@ -34,13 +35,15 @@ def runs(tiny_model: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("browsed")
     store = str(tiny_run(folder / "one", tiny_model, tiny_corpus) / "store")
     train(TrainConfig(out=str(folder / "two"), store=store, n_latents=48, k=4, n_tokens=3000, batch_size=100, seed=1))
-    explain(ExplainConfig(run=str(folder / "two"), device="cpu"))
+    explain(ExplainConfig(run=str(folder / "two"), n2g=0, ablations=0, device="cpu"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def address(runs: Path) -> Iterator[str]:
-    with serving(Site(runs / "one")) as found:
+    site = Site(runs / "one")
+    trying.facts(site)  # the model's libraries, whose import would hold up the server of the first page
+    with serving(site) as found:
         yield found
 
 
@@ -208,6 +211,7 @@ def test_texts_that_attack_stay_texts(browser: Browser, runs: Path, tmp_path: Pa
     make_nasty(folder)
     shutil.copytree(runs / "two", tmp_path / "<script>alert(5)<", ignore=leave)
     text = "<script>alert(1)</script>\n</textarea><img src=x onerror=alert(2)> \u202eevil\u2028 {{ 7 * 7 }}"
+    trying.facts(Site(folder))
     with serving(Site(folder)) as address, visiting(browser, address) as page:
         opened(page, text=text, edits="1:ablate", colour="latent:1")
         shown = "".join(page.locator("#try-strip button").all_inner_texts())
