@@ -50,8 +50,8 @@ usage: monosem COMMAND [--config FILE.json] [flags]
   sweep     activations -> many autoencoders, on one stream
   eval RUN  autoencoder -> numbers on held-out text        (--json: one JSON object on stdout)
             several RUNs, --report PAGE.html: a page to read, and its table as PAGE.md
-  explain RUN  what each latent fires on, votes for and is near to, as columns in RUN/explain
-  serve RUN    all of it on pages in the browser, on this machine only
+  explain RUN  what each latent fires on, votes for, is near to and changes; rules of some (--n2g N)
+  serve RUN    all of it on pages in the browser, on this machine only   (serve RUN OTHER ...: to compare with)
   export RUN [SITE]  the same pages as files, which open without a server; --parquet FILE, --sae-viewer FOLDER
   scale DIR table of runs -> scaling laws and figures      (--json)
   plan      a budget or a goal -> n, k, tokens, hours, bytes by those laws, and a prediction to check   (--json)
@@ -131,7 +131,7 @@ def _stage(name: str, argv: list[str]) -> int:
         more, rest = given[1:], [f"--{_POSITIONAL[name]}", given[0], *rest[len(given) :]]
         if name == "export" and len(more) == 1:
             rest, more = ["--out", *more, *rest], []
-        if more and name != "eval":
+        if more and name not in ("eval", "serve"):
             raise ValueError(f"`monosem {name}` takes one {_POSITIONAL[name]}, not {', '.join(given)}")
     stage = _parse(name, _STAGES[name], ours.config, rest)
     if name == "harvest":
@@ -159,7 +159,7 @@ def _stage(name: str, argv: list[str]) -> int:
         charts.library("uvicorn", "viewer")
         from monosem.viewer.server import serve
 
-        serve(stage)
+        serve(dataclasses.replace(stage, others=(*stage.others, *more)))
     elif name == "export":
         _export(stage)
     elif name == "scale":

@@ -349,6 +349,8 @@ class ServeConfig:
 
     run: str
     """Run folder (with autoencoder/ in it) or the folder of a released autoencoder."""
+    others: tuple[str, ...] = ()
+    """Runs to compare it with, beside those in the same folder."""
     port: int = 8765
     """Port on 127.0.0.1; 0 takes a free one."""
     scaling: str | None = None

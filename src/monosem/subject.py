@@ -57,6 +57,7 @@ logger = logging.getLogger("monosem")
 
 Side = Literal["input", "output"]
 Replace = Callable[[Float[Tensor, "batch ctx width"]], Float[Tensor, "batch ctx width"]]
+Choose = Callable[[Float[Tensor, "batch vocab"]], Int[Tensor, " batch"]]
 
 
 class Point(NamedTuple):
@@ -295,6 +296,26 @@ class Subject:
         """The next-token logits, in the subject's dtype. `ValueError` for an encoder, which has none."""
         self._require_logits()
         return self._forward(tokens).logits
+
+    @torch.inference_mode()
+    def continue_with(
+        self, tokens: Int[Tensor, "batch ctx"], site: Site, replace: Replace, n_tokens: int, choose: Choose
+    ) -> Int[Tensor, "batch n_tokens"]:
+        """The next `n_tokens`, one at a time, each taken by `choose` from the logits [batch, vocab] after the last.
+
+        The tensor at `site` is replaced at all tokens, the new ones too; `replace` gets one token at a time of those.
+        """
+        target, side = self._module_at(site)
+        self._require_logits()
+        if tokens.shape[1] + n_tokens > self.max_context:
+            raise ValueError(f"{tokens.shape[1]} + {n_tokens} tokens; {self.name} reads at most {self.max_context}")
+        ids, past, found = tokens.to(self.device, torch.long), None, []
+        with _hook(target, side, lambda x: replace(x).to(x)):
+            for _ in range(n_tokens):
+                out = self.module(ids, past_key_values=past, use_cache=True)
+                ids, past = choose(out.logits[:, -1].float())[:, None], out.past_key_values
+                found.append(ids)
+        return torch.cat(found, dim=1)
 
     def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Float[Tensor, " d_model"]]:
         """The unembedding's rows, and the gain of the norm before it; `ValueError` where either is not known."""

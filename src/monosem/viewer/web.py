@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
@@ -76,11 +76,17 @@ class Site:
     """One run and how it is served."""
 
     def __init__(
-        self, folder: Path, scaling: Path | None = None, *, read_only: bool = False, links: Links | None = None
+        self,
+        folder: Path,
+        scaling: Path | None = None,
+        *,
+        others: Sequence[Path] = (),
+        read_only: bool = False,
+        links: Links | None = None,
     ) -> None:
         self._folder, self._scaling, self._lock = folder, scaling, threading.Lock()
         self._run = Run(folder, scaling)
-        self.read_only, self.links = read_only, links or Links()
+        self.others, self.read_only, self.links = tuple(others), read_only, links or Links()
 
     @property
     def run(self) -> Run:
