@@ -157,8 +157,8 @@ def text(found: dict[str, Any]) -> str:
     memory, machine = found["memory_mib"], found["machine"]
     lines = [
         f"{found['n_latents']:,} latents, made-up numbers; `{machine['command']}`, {machine['date']}, "
-        f"commit {machine['commit']}, {machine['cpus']} CPUs: {machine['cpu']}, Python {machine['versions']['python']}, "
-        f"{found['scheduler']} scheduling.",
+        f"commit {machine['commit']}, {machine['cpus']} CPUs: {machine['cpu']}, "
+        f"Python {machine['versions']['python']}, {found['scheduler']} scheduling.",
         "",
         f"From the command to the first page: {found['start_s']} s. Resident memory after all of it: "
         f"{memory['VmRSS']} MiB ({memory['RssAnon']} MiB of its own, the rest mapped files), "
