@@ -48,6 +48,8 @@ _EXPORT = re.compile(r"^export ((?:async )?function|const|class) (\w+)", re.MULT
 class FileLinks(Links):
     """Relative addresses of files; `depth` folders down from the top."""
 
+    redraws_table = True
+
     def __init__(self, depth: int, exported: Sequence[int]) -> None:
         self.top, self.exported = "../" * depth, frozenset(exported)
 

@@ -57,6 +57,9 @@ HEADERS = {
 class Links:
     """Addresses of pages and files, as the server has them. An export gives its own, with the same methods."""
 
+    redraws_table = False
+    """Whether other rows are drawn into a page's table later, so that it needs every column."""
+
     def page(self, name: str, latent: int | None = None, **query: object) -> str:
         """Address of a page of PAGES; parts of the query that are None are left out."""
         given = {key: str(value) for key, value in query.items() if value is not None}

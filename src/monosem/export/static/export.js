@@ -190,14 +190,9 @@ function markHeads(data) {
 
 function keepFilters() {
   const form = document.getElementById("filters");
-  for (const input of form.querySelectorAll("input")) {
+  for (const input of form.querySelectorAll("input, select")) {
     if (input.type === "checkbox") input.checked = state.get(input.name) === input.value;
     else input.value = state.get(input.name) ?? "";
-  }
-  for (const name of ["sort", "order"]) {
-    if (!state.get(name) || form.elements[name]) continue;
-    const kept = Object.assign(document.createElement("input"), { type: "hidden", name, value: state.get(name) });
-    form.append(kept);
   }
   const details = form.querySelector("details");
   if (details) details.open = [...state.keys()].some((name) => /^(min|max)_/.test(name));
