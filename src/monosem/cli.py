@@ -50,7 +50,7 @@ usage: monosem COMMAND [--config FILE.json] [flags]
   sweep     activations -> many autoencoders, on one stream
   eval RUN  autoencoder -> numbers on held-out text        (--json: one JSON object on stdout)
             several RUNs, --report PAGE.html: a page to read, and its table as PAGE.md
-  explain RUN  what each latent fires on, votes for and is near to, as columns in RUN/explain
+  explain RUN  what each latent fires on, votes for, is near to and changes; rules of some (--n2g N)
   serve RUN    all of it on pages in the browser, on this machine only   (serve RUN OTHER ...: to compare with)
   export RUN [SITE]  the same pages as files, which open without a server; --parquet FILE, --sae-viewer FOLDER
   scale DIR table of runs -> scaling laws and figures      (--json)
