@@ -93,10 +93,16 @@ class Site:
 
     @property
     def run(self) -> Run:
-        """The run as it is on disk now: opened again when a stage has written to it."""
+        """The run as it is on disk now: opened again when a stage has written to it.
+
+        Where that cannot be read, it stays as it was and says why in its `trouble`.
+        """
         with self._lock:
             if not self._run.fresh:
-                self._run = Run(self._folder, self._scaling)
+                try:
+                    self._run = Run(self._folder, self._scaling)
+                except ValueError as error:
+                    self._run.trouble = str(error)
             return self._run
 
 
