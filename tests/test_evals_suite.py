@@ -75,6 +75,7 @@ def test_the_suite_gives_every_metric_with_n_and_interval(run: EvalConfig) -> No
     assert json.loads((Path(run.run) / "eval.json").read_text())["metrics"] == report["metrics"]
     assert [name for name in report["metrics"] if definition(name) is None] == []
     assert "Others" not in sections(report["metrics"])
+    assert evaluate(dataclasses.replace(run, suite="basic")) == report, "it is not replaced by less"
 
 
 def test_evaluations_that_share_load_a_subject_once(run: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:

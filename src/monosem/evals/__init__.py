@@ -113,12 +113,13 @@ def _report(judged: Judged, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _finished(path: Path, kind: str, settings: dict[str, Any], sources: dict[str, str]) -> dict[str, Any] | None:
-    """The manifest in `path` if it answers this very question, else None."""
+    """The manifest in `path` if it answers this very question, or it and more (a larger suite than basic); else None."""
     if not path.exists():
         return None
     found = artifacts.read_manifest(path, kind)
     version = artifacts.versions().get("monosem")
-    if (found["config"], found["sources"], found["versions"].get("monosem")) != (settings, sources, version):
+    at_least = [{**settings, "suite": suite} for suite in SIZES] if settings.get("suite") == "basic" else [settings]
+    if (found["sources"], found["versions"].get("monosem")) != (sources, version) or found["config"] not in at_least:
         log.info("%s is of another config, autoencoder, store or version: evaluating again", path)
         return None
     return found
