@@ -113,7 +113,7 @@ def _report(judged: Judged, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _finished(path: Path, kind: str, settings: dict[str, Any], sources: dict[str, str]) -> dict[str, Any] | None:
-    """The manifest in `path` if it answers this very question, or it and more (a larger suite than basic); else None."""
+    """The manifest in `path` if it answers this very question, or it and more (a suite larger than basic)."""
     if not path.exists():
         return None
     found = artifacts.read_manifest(path, kind)
