@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, expect, sync_playwright
+from playwright.sync_api import Browser, Route, expect, sync_playwright
 
 from browsing import AUDIT, chromium, serving, visiting
 from monosem.viewer.web import Site
@@ -142,6 +142,19 @@ def test_a_note_and_a_star_are_kept(browser: Browser, address: str) -> None:
         expect(page.locator("tbody tr")).to_contain_text("mine <b>bold</b>")
 
 
+def test_the_colour_chosen_last_is_shown_whatever_answers_last(browser: Browser, address: str) -> None:
+    with visiting(browser, address) as page:
+        slow: list[Route] = []
+        page.route("**/api/v1/map", lambda route: slow.append(route))
+        page.goto("/")
+        page.get_by_label("Colour").select_option("mean max")
+        expect(page.locator("#map .colorbar")).to_contain_text("mean max")
+        with page.expect_response("**/api/v1/map"):
+            slow[0].continue_()
+        page.keyboard.press("t")
+        expect(page.locator("#map .colorbar")).to_contain_text("mean max")
+
+
 CELL = """() => {
     const map = document.getElementById("map"), trace = map.data[0];
     map.scrollIntoView({ block: "center" });
@@ -159,7 +172,7 @@ def test_a_cell_of_the_map_opens_its_latents(browser: Browser, address: str) -> 
         page.goto("/")
         page.get_by_label("Colour").select_option("mean max")
         expect(page).to_have_url(re.compile("colour=max"))
-        expect(page.locator("#map .colorbar, #map .cbtitle").first).to_contain_text("mean max")
+        expect(page.locator("#map .colorbar")).to_contain_text("mean max")
         left, top, n = page.evaluate(CELL)
         page.mouse.move(left + 1, top)
         page.mouse.move(left, top)

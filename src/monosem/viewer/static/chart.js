@@ -2,14 +2,14 @@
 // WebGL ones need eval, which the page's Content-Security-Policy refuses.
 
 export function plotly() {
-  if (window.Plotly) return Promise.resolve(window.Plotly);
-  return new Promise((resolve, reject) => {
+  window.monosemPlotly ??= new Promise((resolve, reject) => {
     const script = document.createElement("script");
     script.src = document.body.dataset.plotly;
     script.onload = () => resolve(window.Plotly);
     script.onerror = () => reject(new Error("plotly is not installed: pip install 'monosem[viewer]'"));
     document.head.append(script);
   });
+  return window.monosemPlotly;
 }
 
 // A colour of the style sheet, as rgb.
@@ -22,18 +22,24 @@ export function colour(name) {
   return found;
 }
 
-// Draw now and again whenever the theme changes; `describe` gives traces and layout.
+// Draw what `describe` gives, traces and layout, now and again whenever the theme changes; one painting at a time.
 export async function draw(element, describe) {
   const library = await plotly();
+  const first = !element.describe;
+  element.describe = describe;
   const paint = () => {
-    const { traces, layout } = describe();
-    return library.react(element, traces, dressed(layout), { displayModeBar: false, responsive: true });
+    element.painted = (element.painted ?? Promise.resolve()).then(() => {
+      const { traces, layout } = element.describe();
+      return library.react(element, traces, dressed(layout), { displayModeBar: false, responsive: true });
+    });
+    return element.painted;
   };
-  document.addEventListener("themechange", paint);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
+  if (first) {
+    document.addEventListener("themechange", paint);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
+  }
   await paint();
   element.dataset.drawn = "true";
-  return library;
 }
 
 export function failed(element, error) {

@@ -8,11 +8,15 @@ export async function startOverview() {
   if (!element) return;
   const choice = document.getElementById("colour");
   choice.value = new URLSearchParams(location.search).get("colour") ?? "";
-  let found = null;
+  let turn = 0;
   const show = async () => {
+    const mine = ++turn;
     try {
-      found = await load("map", { colour: choice.value });
+      const found = await load("map", { colour: choice.value });
+      if (mine !== turn) return; // another colour was chosen while this one was on its way
+      const listening = Boolean(element.describe);
       await draw(element, () => mapPicture(found, choice.selectedOptions[0].textContent));
+      if (!listening) element.on("plotly_click", (event) => openCell(element, found, event.points[0]));
     } catch (error) {
       failed(element, error);
     }
@@ -24,7 +28,6 @@ export async function startOverview() {
     show();
   });
   await show();
-  element.on?.("plotly_click", (event) => openCell(element, found, event.points[0]));
 }
 
 function mapPicture(found, label) {
