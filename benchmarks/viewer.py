@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -20,9 +19,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from benchmarks import report
 from monosem import artifacts
 from monosem.explained import KIND
 from monosem.explanations import words
@@ -50,13 +51,13 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="monosem-viewer-", dir=options.folder))
     try:
         make_run(folder / "run", options.n_latents)
-        report = measure(folder / "run", options.n_latents)
+        found = measure(folder / "run", options.n_latents)
     finally:
         shutil.rmtree(folder)
     name = Path(options.out) / f"viewer-{options.n_latents}"
-    artifacts.write_json(name.with_suffix(".json"), report)
-    name.with_suffix(".md").write_text(text(report), "utf-8")
-    print(text(report))
+    artifacts.write_json(name.with_suffix(".json"), found)
+    name.with_suffix(".md").write_text(text(found), "utf-8")
+    print(text(found))
     return 0
 
 
@@ -100,7 +101,7 @@ def make_run(run: Path, n: int, n_contexts: int = N_CONTEXTS) -> None:
     artifacts.write_json(run / "explain/manifest.json", manifest)
 
 
-def measure(run: Path, n: int) -> dict[str, object]:
+def measure(run: Path, n: int) -> dict[str, Any]:
     """Milliseconds of every question, after one of its kind; seconds to the first page; MiB at the end."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "monosem", "serve", str(run), "--port", "0"]
@@ -125,10 +126,10 @@ def measure(run: Path, n: int) -> dict[str, object]:
             memory = {key: int(status.split(f"{key}:")[1].split()[0]) // 1024 for key in ("VmRSS", "RssAnon", "VmHWM")}
         finally:
             server.terminate()
-    machine = {"cpu": _cpu(), "cpus": len(os.sched_getaffinity(0)), "versions": artifacts.versions()}
-    command_line = f"python -m benchmarks.viewer --n-latents {n}"
+    machine = report.machine(report.available_cpus(), f"python -m benchmarks.viewer --n-latents {n}")
+    scheduler = "real-time" if os.sched_getscheduler(0) in (os.SCHED_RR, os.SCHED_FIFO) else "ordinary"
     facts = {"n_latents": n, "start_s": round(start_s, 2), "memory_mib": memory, "n_each": N_EACH}
-    return {"command": command_line, "date": time.strftime("%Y-%m-%d"), **facts, "machine": machine, "questions": rows}
+    return {"machine": machine, "scheduler": scheduler, **facts, "questions": rows}
 
 
 def questions(pattern: str, n: int, count: int) -> Iterator[str]:
@@ -151,20 +152,22 @@ def ask(connection: http.client.HTTPConnection, path: str) -> tuple[float, int]:
     return 1000 * (time.perf_counter() - started), size
 
 
-def text(report: dict) -> str:  # type: ignore[type-arg]
-    memory, machine = report["memory_mib"], report["machine"]
+def text(found: dict[str, Any]) -> str:
+    """The report in Markdown."""
+    memory, machine = found["memory_mib"], found["machine"]
     lines = [
-        f"{report['n_latents']:,} latents, made-up numbers; `{report['command']}`, {report['date']}, "
-        f"{machine['cpus']} CPUs ({machine['cpu']}), Python {machine['versions']['python']}.",
+        f"{found['n_latents']:,} latents, made-up numbers; `{machine['command']}`, {machine['date']}, "
+        f"commit {machine['commit']}, {machine['cpus']} CPUs: {machine['cpu']}, "
+        f"Python {machine['versions']['python']}, {found['scheduler']} scheduling.",
         "",
-        f"From the command to the first page: {report['start_s']} s. Resident memory after all of it: "
+        f"From the command to the first page: {found['start_s']} s. Resident memory after all of it: "
         f"{memory['VmRSS']} MiB ({memory['RssAnon']} MiB of its own, the rest mapped files), "
         f"at most {memory['VmHWM']} MiB.",
         "",
         "| question | median, ms | 90%, ms | first, ms | KiB |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for name, row in report["questions"].items():
+    for name, row in found["questions"].items():
         lines.append(f"| {name} | {row['median_ms']} | {row['p90_ms']} | {row['first_ms']} | {row['kib']} |")
     return "\n".join(lines) + "\n"
 
@@ -175,13 +178,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--folder", default="/dev/shm" if Path("/dev/shm").exists() else None, help="for 1.3 GB")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"), help="folder of the report")
     return parser.parse_args()
-
-
-def _cpu() -> str:
-    try:
-        return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,10 @@ import json
 import math
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -238,6 +242,33 @@ def test_the_run_is_read_again_when_a_stage_has_written(folder: Path, open_site:
     assert client.get(f"{API}/latents/4").json()["rule"] is None
     write_words(folder, {4: "a story"})
     assert client.get(f"{API}/latents/4").json()["explanation"] == "a story"
+
+
+def test_a_run_that_breaks_stays_as_it_was_and_says_so(folder: Path, open_site: Callable[..., TestClient]) -> None:
+    client = open_site()
+    (folder / "eval.json").write_text("{")
+    page = client.get("/")
+    assert page.status_code == 200 and "eval.json is not valid JSON" in page.text and "normalized_mse" in page.text
+    (folder / "eval.json").unlink()
+    manifest = json.loads((folder / "explain/manifest.json").read_text())
+    (folder / "explain/manifest.json").write_text(json.dumps({**manifest, "n_latents": 63}))
+    assert "is of another autoencoder (n_latents)" in client.get("/").text
+    with pytest.raises(ValueError, match="holds no autoencoder"):
+        Site(folder / "explain")
+
+
+def test_the_command_serves_until_it_is_told_to_stop(folder: Path) -> None:
+    command = [sys.executable, "-m", "monosem", "serve", str(folder), "--read-only", "--port"]
+    with subprocess.Popen([*command, "0"], stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        address = server.stderr.readline().split()[1]
+        assert address.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(f"{address}/latents/3", timeout=10) as answer:
+            assert b"Latent 3" in answer.read()
+        taken = subprocess.run([*command, address.rpartition(":")[2]], capture_output=True, text=True, timeout=60)
+        assert taken.returncode == 2 and "choose another with --port" in taken.stderr
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=10) in (0, 130)
 
 
 def test_marks_say_where_the_rule_is_right(folder: Path) -> None:

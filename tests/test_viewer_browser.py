@@ -83,10 +83,10 @@ def test_filters_leave_only_what_was_said_in_the_address(browser: Browser, addre
         page.goto("/latents")
         page.get_by_text("Filter by numbers").click()
         page.get_by_label("density, least", exact=True).fill("0.01")
-        page.get_by_role("button", name="Show").click()
+        page.get_by_role("button", name="Show", exact=True).click()
         expect(page).to_have_url(re.compile(r"/latents\?min_density=0\.01$"))
         page.get_by_label("density, least", exact=True).fill("much")
-        page.get_by_role("button", name="Show").click()
+        page.get_by_role("button", name="Show", exact=True).click()
         expect(page.get_by_role("main")).to_contain_text("min_density is 'much'; give a number")
 
 
@@ -137,7 +137,7 @@ def test_a_note_and_a_star_are_kept(browser: Browser, address: str) -> None:
         expect(page.get_by_role("button", name="Star")).to_have_attribute("aria-pressed", "true")
         page.goto("/latents")
         page.get_by_label("starred only").check()
-        page.get_by_role("button", name="Show").click()
+        page.get_by_role("button", name="Show", exact=True).click()
         expect(page.locator("tbody tr")).to_have_count(1)
         expect(page.locator("tbody tr")).to_contain_text("mine <b>bold</b>")
 

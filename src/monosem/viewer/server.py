@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,7 +118,9 @@ def _listening(port: int) -> Iterator[socket.socket]:
     try:
         listener = socket.create_server(("127.0.0.1", port))
     except OSError as error:
-        raise ValueError(f"port {port} cannot be used ({error.strerror}); choose another with --port") from None
+        raise ValueError(
+            f"port {port} cannot be used ({os.strerror(error.errno or 0)}); choose another with --port"
+        ) from None
     with listener:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each answer waits 40 ms for an ACK
         yield listener

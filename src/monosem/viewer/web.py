@@ -57,6 +57,9 @@ HEADERS = {
 class Links:
     """Addresses of pages and files, as the server has them. An export gives its own, with the same methods."""
 
+    redraws_table = False
+    """Whether other rows are drawn into a page's table later, so that it needs every column."""
+
     def page(self, name: str, latent: int | None = None, **query: object) -> str:
         """Address of a page of PAGES; parts of the query that are None are left out."""
         given = {key: str(value) for key, value in query.items() if value is not None}
@@ -90,10 +93,16 @@ class Site:
 
     @property
     def run(self) -> Run:
-        """The run as it is on disk now: opened again when a stage has written to it."""
+        """The run as it is on disk now: opened again when a stage has written to it.
+
+        Where that cannot be read, it stays as it was and says why in its `trouble`.
+        """
         with self._lock:
             if not self._run.fresh:
-                self._run = Run(self._folder, self._scaling)
+                try:
+                    self._run = Run(self._folder, self._scaling)
+                except ValueError as error:
+                    self._run.trouble = str(error)
             return self._run
 
 
