@@ -26,6 +26,7 @@ TRIED = re.compile(r"\d+ tokens, ")
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=20_000)
     with sync_playwright() as playwright, chromium(playwright) as found:
         yield found
 
