@@ -84,7 +84,7 @@ def harvest_compiled(job: Job, dtype: str, batches: Batches) -> None:
 
     subject = Subject.load(job.folder, dtype=dtype, device=job.device)
     for chunk in batches:
-        _note(batches, capture_block(subject, subject.site(job.layer), chunk, compiled=True))
+        _note(batches, *capture_block(subject, [subject.site(job.layer)], chunk, compiled=True))
 
 
 def harvest_sae_lens(job: Job, dtype: str, batches: Batches) -> None:

@@ -4,7 +4,7 @@
 
 Each run is evaluated as by `monosem eval RUN --suite quick` (what is done is not done again), then its numbers go
 to results/smollm2-135m-instruct-q4_1/evals/metrics.csv and its tasks to tasks.csv, in place of older ones of that name.
-`experiments/tables.py` makes the tables and `claims` out of these two files.
+claims.json says which claims of the paper hold by these numbers. `experiments/tables.py` shows both.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def main(folders: list[str]) -> None:
     shared = Shared()
     for folder in folders:
         keep(Path(folder).name, evaluate(EvalConfig(run=folder, suite="quick"), shared))
+        artifacts.write_json(KEPT / "claims.json", [claim._asdict() for claim in claims(read())])
 
 
 def keep(name: str, report: dict[str, Any]) -> None:
@@ -128,7 +129,7 @@ def _change(runs: dict[str, Run], metric: str, sign: int, *, along: int) -> tupl
 
 
 def _probe_change(runs: dict[str, Run], *, along: int) -> tuple[str, str]:
-    """The change of the probe loss, paired by task: from the least n to the largest; or on both sides of the middle k."""
+    """The change of the probe loss, paired by task: least to largest n, or on both sides of the middle k."""
     tasks = _probe_losses()
     by_size = grid(runs)
     if along == 0:

@@ -100,21 +100,6 @@ def floors() -> str:
     return markdown(["instructions", "", "ms a step", "floor, ms", "share of the floor", "over the plain step"], rows)
 
 
-def runs(group: str) -> list[Row]:
-    with open(RESULTS / "runs.csv", newline="") as file:
-        return [row for row in csv.DictReader(file) if row["group"] == group]
-
-
-def learning_rates() -> str:
-    rows = [[f"{float(r['lr']):g}", *quality(r)] for r in runs("lr")]
-    return markdown(["lr", *QUALITY], rows)
-
-
-def dead() -> str:
-    rows = [[yes(r["tied_init"] == "True"), yes(r["auxk"] != "0"), *quality(r)] for r in runs("dead")]
-    return markdown(["tied init", "AuxK", *QUALITY], rows)
-
-
 def impl() -> str:
     """Seconds of a training of the demo's size with each implementation of the kernels, step by step in turn."""
     found = lab_runs("impl")
@@ -126,45 +111,9 @@ def impl() -> str:
     return markdown(["impl", "seconds", "times the fastest", *LAB_QUALITY], rows)
 
 
-def frontier() -> str:
-    """Every run of both activation functions, and what they say at equal L0."""
-    rows = [
-        [r["activation"], f"{float(r['lr']):g}", f"{float(r['sparsity_coef']):g}", f"{float(r['l0']):.1f}", *quality(r)]
-        for r in runs("topk") + sorted(runs("relu"), key=lambda r: (float(r["lr"]), float(r["sparsity_coef"])))
-    ]
-    return markdown(["activation", "lr", "sparsity_coef", "L0", *QUALITY], rows) + "\n\n" + verdict()
-
-
-def verdict() -> str:
-    """ReLU's NMSE at TopK's L0, each at its best lr: interpolated in log L0 between runs of one lr, never beyond."""
-    topk = min(runs("topk"), key=lambda r: float(r["normalized_mse"]))
-    k, nmse = float(topk["l0"]), float(topk["normalized_mse"])
-    found = [point for lr in sorted({r["lr"] for r in runs("relu")}) if (point := relu_at(k, lr))]
-    if not found:
-        return f"No two ReLU runs of one lr bracket L0 = {k:.1f}: no comparison."
-    relu, lr, (l0_a, a), (l0_b, b) = min(found)
-    return (
-        f"At L0 = {k:.1f}: TopK {nmse:.3f} (lr {float(topk['lr']):g}); ReLU + L1 {relu:.3f} (lr {float(lr):g}), "
-        f"interpolated between L0 = {l0_a:.1f} ({a:.3f}) and L0 = {l0_b:.1f} ({b:.3f}). "
-        f"ReLU / TopK = {relu / nmse:.2f}."
-    )
-
-
-def relu_at(k: float, lr: str) -> tuple[float, str, tuple[float, float], tuple[float, float]] | None:
-    """(NMSE at L0 = k, lr, the run below, the run above), or None when the runs of this lr do not bracket k."""
-    points = sorted((float(r["l0"]), float(r["normalized_mse"])) for r in runs("relu") if r["lr"] == lr)
-    below, above = [p for p in points if p[0] <= k], [p for p in points if p[0] > k]
-    if not below or not above:
-        return None
-    (l0_a, a), (l0_b, b) = below[-1], above[0]
-    share = (math.log(k) - math.log(l0_a)) / (math.log(l0_b) - math.log(l0_a))
-    return a + share * (b - a), lr, below[-1], above[0]
-
-
 def lab_runs(sweep: str) -> list[Row]:
     """The last row of each run of a sweep of the laboratory."""
-    with open(RESULTS / "lab" / sweep / "runs.csv", newline="") as file:
-        return [r for r in csv.DictReader(file) if r["finished"] == "true"]
+    return [r for r in lab_rows(sweep) if r["finished"] == "true"]
 
 
 def lab_learning_rates() -> str:
@@ -180,8 +129,7 @@ def lab_learning_rates() -> str:
 def lab_joint() -> str:
     """Held-out NMSE of every (n_latents, k) at the tokens of the joint law."""
     tokens = str(lab_joint_law()["at"]["tokens"])
-    with open(RESULTS / "lab" / "joint" / "runs.csv", newline="") as file:
-        rows_at = [r for r in csv.DictReader(file) if r["tokens"] == tokens]
+    rows_at = [r for r in lab_rows("joint") if r["tokens"] == tokens]
     found = {(int(r["n_latents"]), int(r["k"])): float(r["normalized_mse"]) for r in rows_at}
     sizes, ks = sorted({n for n, _ in found}), sorted({k for _, k in found})
     rows = [[f"{n:,}", *(f"{found[n, k]:.3f}" if (n, k) in found else "" for k in ks)] for n in sizes]
@@ -189,17 +137,13 @@ def lab_joint() -> str:
 
 
 def lab_joint_law() -> dict[str, Any]:
-    return json.loads((RESULTS / "lab" / "joint" / "scaling.json").read_text())["joint"]
+    return lab_laws("joint")["joint"]
 
 
 def lab_law() -> str:
     """The joint law fitted to the laboratory's table, beside the paper's for GPT-4."""
     law = lab_joint_law()
     paper = {"alpha": -0.50, "beta_k": 0.26, "beta_n": -0.017, "gamma": -0.042, "zeta": -1.32, "eta": -0.085}
-
-    def end(value: float | None) -> str:
-        return "none" if value is None else f"{value:.3g}"
-
     rows = [
         [f"`{name}`", f"{c['value']:.3g}", f"[{end(c['low'])}, {end(c['high'])}]", f"{paper[name]:g}"]
         for name, c in law["coefficients"].items()
@@ -209,21 +153,164 @@ def lab_law() -> str:
     return facts + verdict + "\n\n" + markdown(["", "here", "95% interval", "GPT-4, the paper"], rows)
 
 
+def lab_frontier() -> str:
+    """NMSE of every activation function at TopK's L0s, by n: interpolated, and its ratio to TopK's."""
+    found = lab_laws("frontier")["sparsity"]
+    rows = []
+    for gap in found["gaps"]:
+        ratio = [math.exp(gap["gap"][end]) for end in ("value", "low", "high")]
+        runs_there = found["curves"][gap["activation"]][str(gap["n_latents"])]
+        used = f"{len(runs_there)} at L0 {runs_there[0]['l0']:.0f} to {runs_there[-1]['l0']:.0f}"
+        size = f"{gap['n_latents']:,}", f"{gap['l0']:g}"
+        rows.append([gap["activation"], *size, f"{ratio[0]:.2f}", f"[{ratio[1]:.2f}, {ratio[2]:.2f}]", used])
+    growth = found["topk_relu_gap"]
+    said = f"Claim ({growth['claim']}): {growth['verdict']}, at L0 = {growth['l0']:g}. {growth['reason']}"
+    return said + "\n\n" + markdown(["", "n_latents", "L0", "NMSE / TopK's", "95% interval", "unbeaten runs"], rows)
+
+
+def lab_dead() -> str:
+    """Dead latents with and without tied initialisation and AuxK, and what AuxK costs."""
+    tokens = str(lab_joint_law()["at"]["tokens"])
+    default = [r for r in lab_rows("joint") if (r["n_latents"], r["k"], r["tokens"]) == ("8192", "32", tokens)]
+    rows = [
+        [yes(r["tied_init"] == "true"), yes(r["auxk"] != "0"), *lab_quality(r), f"{float(r['kernel_s']):.0f}"]
+        for r in default + lab_runs("dead")
+    ]
+    return markdown(["tied init", "AuxK", *LAB_QUALITY, "seconds in the step"], rows)
+
+
+def lab_init() -> str:
+    """With and without the encoder scaled at the start, of two seeds each."""
+    names = {"true": "scaled", "false": "rows of norm 1"}
+    rows = [[names[scaled(r)], r["seed"], *lab_quality(r)] for r in lab_runs("init")]
+    return markdown(["encoder at the start", "seed", *LAB_QUALITY], rows)
+
+
+def scaled(r: Row) -> str:
+    """A setting without a column: it is in the run's name."""
+    return "false" if "scaled_initfalse" in r["run"].lower() else "true"
+
+
+def lab_batch() -> str:
+    """NMSE by batch size, each at several lr, after the same tokens."""
+    found = lab_runs("batch") + [r for r in lab_runs("lr") if r["n_latents"] == "1024"]
+    found.sort(key=lambda r: (int(r["batch_size"]), float(r["lr"])))
+    rows = [[f"{int(r['batch_size']):,}", f"{float(r['lr']):g}", *lab_quality(r)] for r in found]
+    return markdown(["batch_size", "lr", *LAB_QUALITY], rows)
+
+
+def lab_predictions() -> str:
+    """What was predicted before the runs, and what they gave."""
+    rows = []
+    for path in sorted((RESULTS / "lab" / "predictions").glob("*.json")):
+        said = json.loads(path.read_text())["plans"][0]
+        own = ("topk", str(said["n_latents"]), str(said["k"]), str(said["tokens"]))
+        names = ("activation", "n_latents", "k", "tokens")
+        runs_of = [r for s in ("joint", "converged") for r in lab_rows(s) if tuple(r[n] for n in names) == own]
+        low, value, high = (said["nmse"][name] for name in ("low", "value", "high"))
+        size = f"{said['n_latents']:,}", f"{said['k']}", f"{said['tokens']:,}"
+        for r in runs_of:
+            nmse = float(r["normalized_mse"])
+            verdict = "inside" if low <= nmse <= high else "outside"
+            error = f"{100 * (value / nmse - 1):+.1f}%"
+            times = f"{said['seconds']:.0f}", f"{float(r['kernel_s']):.0f}"
+            rows.append(
+                [
+                    *size,
+                    said["nmse"]["law"].replace("|", "\\|"),
+                    f"{value:.4f} [{low:.4f}, {high:.4f}]",
+                    f"{nmse:.4f}",
+                    error,
+                    verdict,
+                    *times,
+                ]
+            )
+    head = [
+        "n_latents",
+        "k",
+        "tokens",
+        "law",
+        "predicted",
+        "measured",
+        "error",
+        "",
+        "seconds said",
+        "seconds in the step",
+    ]
+    return markdown(head, rows)
+
+
+def lab_converged() -> str:
+    """Held-out NMSE as distinct tokens double, and the gain of the last doubling."""
+    found: dict[int, dict[int, float]] = {}
+    for r in lab_rows("converged"):
+        found.setdefault(int(r["n_latents"]), {})[int(r["tokens"])] = float(r["normalized_mse"])
+    tokens = sorted({t for by_tokens in found.values() for t in by_tokens if t >= 1 << 19})
+    rows = []
+    for n, by_tokens in sorted(found.items()):
+        last = sorted(by_tokens)[-1]
+        before = min(by_tokens, key=lambda t: abs(math.log(last / t / 2)))
+        gain = 1 - (by_tokens[last] / by_tokens[before]) ** (math.log(2) / math.log(last / before))
+        rows.append(
+            [f"{n:,}", *(f"{by_tokens[t]:.4f}" if t in by_tokens else "" for t in tokens), f"{100 * gain:.1f}%"]
+        )
+    return markdown(["n_latents", *(f"{t / 1e6:.1f}M" for t in tokens), "gain of the last doubling"], rows)
+
+
+def lab_converged_laws() -> str:
+    """L(N) and the tokens to convergence, with intervals, beside the paper's."""
+    laws = lab_laws("converged")
+    paper = {"T(N)": "0.60 to 0.65 (p)"}
+    rows = []
+    for name in ("n_converged", "tokens_to_convergence"):
+        (law,) = laws[name].values()
+        values = "; ".join(
+            f"{c} = {v['value']:.3g} [{end(v['low'])}, {end(v['high'])}]" for c, v in law["coefficients"].items()
+        )
+        rows.append([f"{law['law']}: {law['claim']}", law["verdict"], values, paper.get(law["law"], "")])
+    return markdown(["claim", "", "coefficients, 95% interval", "the paper"], rows)
+
+
+def lab_exponents() -> str:
+    """NMSE by n and b of L(N | D) = exp(a - b ln n) + exp(e): of real activations, a null, another subject."""
+    rows = []
+    for what, sweep in {
+        "SmolLM2-135M": "joint",
+        "Gaussian, its covariance": "gaussian",
+        "Gemma 3 270M": "gemma",
+    }.items():
+        if not (RESULTS / "lab" / sweep / "scaling.json").exists():
+            continue
+        law = lab_laws(sweep)["n_fixed_tokens"]["32"]
+        b, e = law["coefficients"]["b"], law["coefficients"]["e"]
+        tokens = law["at"]["tokens"]
+        nmse = {int(r["n_latents"]): r for r in lab_rows(sweep) if r["k"] == "32" and int(r["tokens"]) == tokens}
+        at = ", ".join(f"{n:,}: {float(r['normalized_mse']):.3f}" for n, r in sorted(nmse.items()))
+        interval = f"{b['value']:.2f} [{end(b['low'])}, {end(b['high'])}]"
+        rows.append([what, f"{tokens:,}", at, interval, f"{math.exp(e['value']):.3f}"])
+    return markdown(["activations", "tokens", "NMSE by n", "b", "irreducible"], rows)
+
+
+def end(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3g}"
+
+
+def lab_rows(sweep: str) -> list[Row]:
+    """Every row of a sweep of the laboratory."""
+    with open(RESULTS / "lab" / sweep / "runs.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def lab_laws(sweep: str) -> dict[str, Any]:
+    return json.loads((RESULTS / "lab" / sweep / "scaling.json").read_text())
+
+
 LAB_QUALITY = ["NMSE held out", "95% interval", "dead", "weights"]
 
 
 def lab_quality(r: Row) -> list[str]:
     interval = f"[{float(r['normalized_mse_low']):.3f}, {float(r['normalized_mse_high']):.3f}]"
     return [f"{float(r['normalized_mse']):.3f}", interval, f"{100 * float(r['dead_fraction']):.1f}%", r["weights"]]
-
-
-QUALITY = ["NMSE held out", "95% interval", "NMSE train", "dead", "never fired held out"]
-
-
-def quality(r: Row) -> list[str]:
-    interval = f"[{float(r['normalized_mse_low']):.3f}, {float(r['normalized_mse_high']):.3f}]"
-    shares = (f"{100 * float(r[name]):.1f}%" for name in ("dead_fraction", "never_fired_fraction"))
-    return [f"{float(r['normalized_mse']):.3f}", interval, f"{float(r['normalized_mse_train']):.3f}", *shares]
 
 
 def yes(on: bool) -> str:
@@ -240,13 +327,18 @@ TABLES: dict[str, Callable[[], str]] = {
     "seconds": seconds,
     "speed": speed,
     "floors": floors,
-    "learning_rates": learning_rates,
-    "dead": dead,
     "impl": impl,
-    "frontier": frontier,
     "lab_learning_rates": lab_learning_rates,
     "lab_joint": lab_joint,
     "lab_law": lab_law,
+    "lab_frontier": lab_frontier,
+    "lab_dead": lab_dead,
+    "lab_init": lab_init,
+    "lab_batch": lab_batch,
+    "lab_predictions": lab_predictions,
+    "lab_converged": lab_converged,
+    "lab_converged_laws": lab_converged_laws,
+    "lab_exponents": lab_exponents,
 }
 
 

@@ -22,7 +22,19 @@ import pytest
 THREADS = 2
 SHAPED = [
     *("types", "losses", "kernels", "variants", "model", "convert", "checkpoint", "subject", "tokens", "activations"),
-    *("n2g", "stream", "run_folder", "step", "training", "evals", "scaling", "explanations", "sweeps", "main_job"),
+    *(
+        "n2g",
+        "stream",
+        "run_folder",
+        "step",
+        "training",
+        "evals",
+        "scaling",
+        "explanations",
+        "sweeps",
+        "main_job",
+        "viewer.live",
+    ),
 ]
 """Modules whose annotations are checked at every call. The others promise a ValueError for values of any type."""
 NETWORK_EVENTS = ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.bind")

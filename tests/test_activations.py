@@ -244,11 +244,12 @@ def test_mean_is_the_training_rows_mean_in_float64(store: ActivationStore) -> No
 def test_norms_tell_sinks_from_the_rest(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     captured = activations.capture_block
 
-    def with_sinks(*args: Any, **options: Any) -> Tensor:
-        found = torch.nn.functional.normalize(captured(*args, **options).float(), dim=2)
+    def with_sinks(*args: Any, **options: Any) -> list[Tensor]:
+        (found,) = captured(*args, **options)
+        found = torch.nn.functional.normalize(found.float(), dim=2)
         found[:, 0] *= 1000
         found[0, 5] *= 100
-        return found
+        return [found]
 
     monkeypatch.setattr(activations, "capture_block", with_sinks)
     norms = harvest(dataclasses.replace(config, dtype="float32")).manifest["norms"]
@@ -262,10 +263,10 @@ def test_activations_that_are_not_finite_are_refused_with_their_address(
 ) -> None:
     captured = activations.capture_block
 
-    def poisoned(subject: Subject, site: Any, tokens: Tensor, **options: Any) -> Tensor:
-        found = captured(subject, site, tokens, **options)
+    def poisoned(subject: Subject, sites: Any, tokens: Tensor, **options: Any) -> list[Tensor]:
+        found = captured(subject, sites, tokens, **options)
         if tokens.equal(store.contexts("train").tokens[8:12]):
-            found[1, 3, 0] = torch.nan
+            found[-1][1, 3, 0] = torch.nan
         return found
 
     monkeypatch.setattr(activations, "capture_block", poisoned)
@@ -275,6 +276,41 @@ def test_activations_that_are_not_finite_are_refused_with_their_address(
         ValueError, match=rf"not finite at train context 9, token 3 \(document {document}, position {position}\)"
     ):
         harvest(config)
+
+
+@pytest.mark.parametrize("location", ["resid_post_mlp", "resid_post_attn", "mlp_post_act"])
+def test_several_layers_in_one_pass_give_the_stores_of_each_alone(
+    config: HarvestConfig, tmp_path: Path, location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dataclasses.replace(config, location=location)
+    alone = [harvest(dataclasses.replace(settings, layer=i, out=str(tmp_path / f"alone-{i}"))) for i in (1, 0)]
+    shards, n_passes = alone[0].manifest["splits"], []
+    captured = activations.capture_block
+
+    def counted(subject: Subject, sites: Any, tokens: Tensor, **options: Any) -> list[Tensor]:
+        n_passes.append(len(sites))
+        return captured(subject, sites, tokens, **options)
+
+    monkeypatch.setattr(activations, "capture_block", counted)
+    together = dataclasses.replace(settings, layers=(1, 0), layer=None, out=str(tmp_path / "both"))
+    both = activations.harvest_layers(together)
+    assert [store.path.name for store in both] == ["layer-1", "layer-0"]
+    assert [store.hash for store in both] == [store.hash for store in alone]
+    n_blocks = sum(shards[split]["n_blocks"] for split in ("train", "held_out"))
+    assert n_passes == [2] * n_blocks
+    (both[0].path / "manifest.json").unlink()
+    next((both[0].path / "train").glob("shard-00001.*ors")).unlink()
+    again = activations.harvest_layers(together)
+    assert [store.hash for store in again] == [store.hash for store in alone]
+    assert set(n_passes[n_blocks:]) == {1}, "only what is missing is captured"
+
+
+def test_layers_are_given_once_and_not_beside_layer(config: HarvestConfig) -> None:
+    for layer, layers in ((0, (1,)), (None, (1, 1)), (None, (-1, 0))):
+        with pytest.raises(ValueError, match="give one of them, each layer once, counted from 0"):
+            dataclasses.replace(config, layer=layer, layers=layers)
+    with pytest.raises(ValueError, match="call harvest_layers, or give layer"):
+        harvest(dataclasses.replace(config, layer=None, layers=(0, 1)))
 
 
 def test_contexts_longer_than_the_subject_reads_are_refused(config: HarvestConfig) -> None:

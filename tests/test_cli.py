@@ -120,6 +120,10 @@ def started(*argv: Any, **options: Any) -> subprocess.Popen[str]:
         ),
         ("train --store s --out r --k 97 --n-latents 96", "k is 97 but there are only 96 latents; lower k or raise"),
         ("train --store s --out r --tied-init 3", "Unrecognized options: 3"),
+        (
+            "train --store s --out r --activation-options bandwidth 1 --activation-options initial_threshold 2",
+            "--activation-options is given 2 times and only the last would count",
+        ),
         ("train --out r", "--store STR Activation store to train on. (required)"),
         ("train --store s --out r --json", "--json has no effect on `monosem train`; leave it out"),
         ("harvest --out s --json", "--json has no effect on `monosem harvest`; leave it out"),

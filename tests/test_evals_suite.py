@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from monosem import convert, model
 from monosem.activations import harvest
 from monosem.config import EvalConfig, HarvestConfig, TrainConfig
+from monosem.definitions import definition, sections
 from monosem.evals import Shared, evaluate, parts
-from monosem.evals.definitions import definition, sections
 from monosem.model import Autoencoder
 from monosem.subject import Subject
 from monosem.training import train

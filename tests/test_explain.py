@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,13 @@ import pytest
 import torch
 
 from monosem import explain as explain_function
+from monosem import n2g
 from monosem.activations import ActivationStore, harvest
-from monosem.artifacts import read_json
+from monosem.artifacts import read_json, write_json
 from monosem.config import ExplainConfig, HarvestConfig, TrainConfig
-from monosem.explanations import ExplainStore, explain
+from monosem.explained import ExplainStore
+from monosem.explanations import entry, words
+from monosem.explanations.entry import explain
 from monosem.kernels import reference
 from monosem.model import Autoencoder
 from monosem.subject import Subject
@@ -116,6 +122,161 @@ def test_explain_is_skipped_when_done_and_done_again_for_another_config(
     fewer = explain(ExplainConfig(run=str(run), n_tokens=200, device="cpu"))
     assert fewer.manifest["n_tokens"] < 1000
     assert explain(ExplainConfig(run=str(run), device="cpu")).manifest["n_tokens"] == found.manifest["n_tokens"]
+
+
+def mtimes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
+
+
+def test_more_rules_and_ablations_come_on_top_of_those_that_are_there(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("explain"))
+    few, more = (ExplainConfig(run=str(tmp_path / "run"), n2g=n, ablations=n, device="cpu") for n in (3, 5))
+    first = explain(few)
+    rules, effects = first.folder / "n2g.jsonl", first.folder / "ablations"
+    before, kept, ablated = mtimes(first.folder), rules.read_text(), {p.name for p in effects.glob("*.npz")}
+    assert first.manifest["computed"]["n2g"]["command"] == "monosem explain RUN --n2g all"
+    rules.write_text(kept + '{"latent": 7, "recall": 0.')  # torn by a kill
+    made = {path.name: path.stat().st_mtime_ns for path in effects.iterdir()}
+    second = explain(more)
+    assert rules.read_text().startswith(kept) and rules.read_text().count("\n") == 6
+    assert ablated < {p.name for p in effects.glob("*.npz")} and len(second.column("ablation_latents")) == 5
+    assert all((effects / name).stat().st_mtime_ns == then for name, then in made.items())
+    assert mtimes(second.folder)["top_activations.npy"] == before["top_activations.npy"]
+    assert (~np.isnan(second.column("n2g_precision"))).sum() == 5
+    assert explain(few).manifest["computed"] == second.manifest["computed"]  # more is there than asked for
+
+
+def test_a_killed_explain_goes_on_where_it_was(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: ExplainStore
+) -> None:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("explain"))
+    config = ExplainConfig(run=str(tmp_path / "run"), device="cpu")
+
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(entry.collect.Moments, "columns", dies)
+        with pytest.raises(KeyboardInterrupt):
+            explain(config)
+    with pytest.raises(ValueError, match=r"unfinished \(no activations\); monosem explain .* goes on"):
+        ExplainStore(tmp_path / "run" / "explain")
+    with monkeypatch.context() as patch:
+        patch.setattr(entry.effects, "_write_columns", dies)
+        with pytest.raises(KeyboardInterrupt):
+            explain(config)
+    before = mtimes(tmp_path / "run" / "explain")
+    again = explain(config)
+    assert before.items() <= mtimes(again.folder).items()
+    for name in found.manifest["columns"]:
+        assert np.array_equal(again.column(name), found.column(name), equal_nan=found.column(name).dtype.kind == "f")
+
+
+def test_rules_are_those_of_n2g_and_judged_on_all_held_out_tokens(run: Path, found: ExplainStore) -> None:
+    store, autoencoder = ActivationStore.open(run / "store"), Autoencoder.load(run / "autoencoder")
+    held_out = store.contexts("held_out").tokens[:, store.first_position :]
+    x, _ = autoencoder.normalize(store.rows("held_out"))
+    fires = reference.dense(reference.topk_encode(x, autoencoder.weights, 4)) > 1e-3
+    subject = Subject.load(str(store.site.model), dtype="float32", device="cpu")
+    reader = n2g.LatentReader(subject, autoencoder, store.site)
+    recall, precision, density = (found.column(f"n2g_{name}") for name in ("recall", "precision", "density"))
+    with contextlib.closing(sqlite3.connect(found.folder / "words.sqlite")) as words:
+        rules = dict(words.execute("SELECT latent, n2g_rule FROM latents WHERE n2g_rule IS NOT NULL"))
+    assert len(rules) == found.manifest["computed"]["n2g"]["n_latents"] > 30
+    for latent, text in list(rules.items())[:10]:
+        rule = {tuple(pattern): value for pattern, value in json.loads(text)}
+        predicts = n2g.predict(rule, held_out).flatten() > 1e-3
+        both = int((predicts & fires[:, latent]).sum())
+        assert density[latent] == pytest.approx(float(fires[:, latent].float().mean()))
+        assert precision[latent] == pytest.approx(both / max(1, int(predicts.sum())))
+        n_fires = int(fires[:, latent].sum())
+        assert recall[latent] == pytest.approx(both / n_fires if n_fires else np.nan, nan_ok=True)
+        context, peak = (int(found.column(f"top_{name}")[latent, 0]) for name in ("context", "position"))
+        example = torch.from_numpy(np.array(found.column("contexts")[context, store.first_position : peak + 1]))
+        assert reader.at_last([tuple(example.tolist())], [latent])[0] >= 0
+        assert any(len(pattern) <= peak + 1 for pattern in rule)
+
+
+def test_ablations_are_those_of_whole_runs(run: Path, found: ExplainStore) -> None:
+    store, autoencoder = ActivationStore.open(run / "store"), Autoencoder.load(run / "autoencoder")
+    subject = Subject.load(str(store.site.model), dtype="float32", device="cpu")
+    latents = found.column("ablation_latents")
+    assert len(latents) == 32 and (np.diff(latents) > 0).all()
+    for row, latent in enumerate(latents.tolist()[:5]):
+        context, peak = (int(found.column(f"top_{name}")[latent, 0]) for name in ("context", "position"))
+        tokens = torch.from_numpy(np.array(found.column("contexts")[context], dtype=np.int64))[None]
+
+        def ablated(raw: Any, latent: int = latent, peak: int = peak) -> Any:
+            x, stats = autoencoder.normalize(raw[:, peak])
+            z = reference.dense(reference.topk_encode(x, autoencoder.weights, 4))[:, latent]
+            new = raw.clone()
+            new[:, peak] -= stats.std * z[:, None] * autoencoder.weights.decoder[latent]
+            return new
+
+        p = subject.logits(tokens)[0].log_softmax(-1)
+        q = subject.run_with(tokens, store.site, ablated)[0].log_softmax(-1)
+        kl, after = (p.exp() * (p - q)).sum(-1)[peak:-1], slice(peak + 1, None)
+        loss = (p - q)[:-1].gather(1, tokens[0, 1:, None])[peak:, 0]
+        assert np.allclose(found.column("ablation_kl")[row, 0, after], kl, atol=1e-5)
+        assert np.allclose(found.column("ablation_delta_ce")[row, 0, after], loss, atol=1e-5)
+        assert np.isnan(found.column("ablation_kl")[row, 0, : peak + 1]).all()
+        change = q.exp() - p.exp()
+        assert np.allclose(
+            found.column("ablation_probs_up_values")[row, 0, after, 0], change[peak:-1].amax(1), atol=1e-5
+        )
+        values, per_token = (found.column(f"ablation_{name}")[row, 0] for name in ("up_values", "logits_up_values"))
+        assert np.allclose(values, -np.sort(-per_token[after].ravel())[:10])
+        assert (found.column("ablation_up_position")[row, 0][~np.isnan(values)] > peak).all()
+
+
+def test_words_can_be_searched(found: ExplainStore) -> None:
+    vocabulary = read_json(found.folder / "vocabulary.json")
+    context, position = (found.column(f"top_{name}") for name in ("context", "position"))
+    with contextlib.closing(sqlite3.connect(found.folder / "words.sqlite")) as database:
+        rows = database.execute("SELECT latent, explanation, n2g_rule, top_tokens FROM latents").fetchall()
+        assert [row[0] for row in rows] == list(range(48))
+        for latent, explanation, rule, tokens in rows:
+            assert bool(explanation) == (rule is not None)
+            peaks = found.column("contexts")[context[latent], position[latent]][context[latent] >= 0]
+            texts = {vocabulary[token].strip() for token in peaks.tolist()}
+            assert set(tokens.split()) <= texts and (tokens or not texts - {""})
+        latent, text = database.execute("SELECT rowid, examples FROM latents_fts WHERE examples != ''").fetchone()
+        word = max(re.findall("[a-z]+", text), key=len)
+        sql = "SELECT rowid FROM latents_fts WHERE latents_fts MATCH ?"
+        assert (latent,) in database.execute(sql, (f"examples:{word}",)).fetchall()
+
+
+def test_words_of_a_rule_and_of_tokens() -> None:
+    vocabulary = [" a", " b", "\n", " c"]
+    assert words.explanation([([0], 1.0), ([3, -1, 1, -2], 2.0)], vocabulary) == "“^ b … c” or “ a”"
+    assert words.explanation([([2], 1.0)] * 6, vocabulary).endswith("or 2 more")
+    assert words.explanation([([0] * 9, 1.0)], vocabulary) == "“… " + " a" * 8 + "”"
+    assert words.top_tokens([3, 1, 1, 2], vocabulary) == "b c ↵"
+
+
+def test_probes_come_from_the_evaluation_of_the_same_autoencoder(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("explain"))
+    config = ExplainConfig(run=str(tmp_path / "run"), n2g=0, ablations=0, device="cpu")
+    first = explain(config)
+    assert "probe_best" not in first and "eval" in first.manifest["computed"]["probes"]["command"]
+    assert "n2g_recall" not in first and first.manifest["computed"]["n2g"]["n_latents"] == 0
+    rows = [("b", 3, 0.5), ("a", 3, 0.25), ("a", 7, 0.125)]
+    table = [{"task": task, "latent": latent, "probe_loss": loss} for task, latent, loss in rows]
+    write_json(
+        tmp_path / "run" / "eval" / "probes.json", {"sources": first.manifest["sources"], "tables": {"tasks": table}}
+    )
+    second = explain(config)
+    best, task = second.column("probe_best"), second.column("probe_task")
+    assert {i: (best[i], second.manifest["probe_tasks"][task[i]]) for i in np.flatnonzero(task >= 0)} == {
+        3: (0.25, "a"), 7: (0.125, "a")
+    }  # fmt: skip
+    assert np.isnan(best).sum() == 46
+
+
+def test_what_does_not_fit_in_memory_is_refused_before_it_starts() -> None:
+    entry.check_memory(131_072, 64, 3 * 2**30)
+    with pytest.raises(ValueError, match=r"131,072 latents in contexts of 64 tokens take 1\.9 GiB .* 1\.0"):
+        entry.check_memory(131_072, 64, 2**30)
 
 
 def test_a_torn_or_foreign_folder_is_refused(tmp_path: Path, found: ExplainStore) -> None:

@@ -16,7 +16,7 @@ PACKAGE = Path(monosem.__file__).parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "artifacts", "logs"),
-    ("resources", "charts"),
+    ("resources", "charts", "definitions", "explained"),
     ("types",),
     ("losses",),
     ("kernels",),
@@ -25,15 +25,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("step", "subject", "tokens", "convert"),
     ("checkpoint", "activations", "n2g"),
     ("stream", "run_folder"),
-    ("training", "evals", "scaling", "explanations"),
-    ("sweeps", "main_job"),
+    ("training", "evals", "scaling"),
+    ("sweeps", "explanations"),
+    ("main_job",),
+    ("viewer",),
     ("cli",),
     ("__main__",),
 )
 """Lowest first. A module imports lower layers and its own package only: neither siblings nor anything higher."""
 
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
-TORCH_FREE = ("config", "artifacts", "logs", "resources", "charts")
+TORCH_FREE = ("config", "artifacts", "logs", "resources", "charts", "definitions")
 HEAVY = {"accelerate", "datasets", "gguf", "matplotlib", "plotly", "pyarrow", "scipy", "transformers"}
 TORCH_FREE_BANS = HEAVY | {"torch", "numpy"}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
@@ -143,6 +145,12 @@ def test_the_lowest_layers_know_nothing_of_torch() -> None:
     for module in TORCH_FREE:
         roots = {name.split(".")[0] for name in imported(trees[module], module)}
         assert not roots & TORCH_FREE_BANS, module
+
+
+def test_the_viewer_imports_no_torch() -> None:
+    """Nor anything that does: only the live pages reach the model, on their first request."""
+    code = "import sys, monosem.viewer.server; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    assert not set(ast.literal_eval(run_python(code))) & (HEAVY | {"torch"})
 
 
 def test_heavy_libraries_are_imported_inside_the_functions_that_need_them() -> None:

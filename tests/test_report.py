@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from monosem import artifacts, cli
+from monosem.definitions import DEFINITIONS, definition, sections
 from monosem.evals import compute_equivalent, report
-from monosem.evals.definitions import DEFINITIONS, definition, sections
 
 NAMES = (
     *("normalized_mse", "normalized_mse_train", "pca_normalized_mse", "delta_ce", "delta_ce_mean_ablation"),

@@ -278,6 +278,14 @@ def test_no_table_is_refused(tmp_path: Path) -> None:
     assert "no run was evaluated at 5 tokens" in told(write(tmp_path, rows()), tokens=5)
 
 
+def test_runs_planned_for_other_tokens_than_most_are_left_out_of_a_law_at_fixed_tokens(tmp_path: Path) -> None:
+    longer = rows(lambda n, k, tokens: 0.9, sizes=(768,), ks=(32,), prefix="longer", n_tokens=4 * runs_table.TOKENS)
+    joint = scaled(write(tmp_path, rows() + longer))["joint"]
+    assert [e["run"] for e in joint["excluded"]] == [longer[0]["run"]]
+    assert "planned for" in joint["excluded"][0]["reason"]
+    assert joint["coefficients"] == scaled(write(tmp_path, rows()))["joint"]["coefficients"]
+
+
 # subjects
 
 
@@ -296,6 +304,11 @@ def test_exponents_across_three_subjects_of_one_family(tmp_path: Path) -> None:
     trend = report["subjects"]["families"]["F"]
     assert trend["n_subjects"] == 3 and trend["verdict"] == "holds"
     assert trend["coefficients"]["p"]["value"] == pytest.approx(-0.1 / math.log(4), abs=0.03)
+    relu_only = [{**row, "run": "r" + row["run"], "subject": "other", "activation": "relu"} for row in table[:6]]
+    families.write_text(json.dumps({**known, "other": known["small"]}))
+    more = scaled(write(tmp_path, table + relu_only), families=str(families), subject="small")
+    assert more["subjects"] == report["subjects"]  # nothing to fit there
+    write(tmp_path, table)
     known["large"]["family"] = "G"
     families.write_text(json.dumps(known))
     split = scaled(tmp_path, families=str(families), subject="small")["subjects"]
@@ -325,7 +338,12 @@ def test_the_gap_between_relu_and_topk_is_read_between_runs_that_bracket_an_l0(t
     table = rows(doublings=0)
     for i, n in enumerate(SIZES):
         table += relu_rows(n, 0.05 + 0.04 * i)
+        nmse = runs_table.planted_joint(n, 30, TOKENS) * math.exp(0.05 + 0.04 * i)  # the price of L0 23, at another lr
+        options = {"activation": "relu", "l0": 30.0, "auxk": 0, "sparsity_coef": 1 / 23}
+        table.append(row(f"relu-{n}-23-slow", n, 32, TOKENS, nmse, lr=1e-4, **options))
     found = scaled(write(tmp_path, table))["sparsity"]
+    for curve in found["curves"]["relu"].values():
+        assert [p["l0"] for p in curve] == [11, 23, 30, 47, 95], "the lower NMSE at 30 does not beat 23"
     gaps = {(g["n_latents"], g["l0"]): g["gap"] for g in found["gaps"]}
     assert {l0 for _, l0 in gaps} == {16, 32, 64}, "8 and 128 are not bracketed"
     for i, n in enumerate(SIZES):

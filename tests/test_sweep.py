@@ -270,14 +270,14 @@ def test_waves_end_in_the_same_bits(
     one, shared = memory.run_bytes(TrainConfig(**{**BASE, "out": "", "store": ""}), 32, torch.device("cpu")), {"w": 10}
     monkeypatch.setattr(memory, "_RESERVE", 0)
     monkeypatch.setattr(memory, "stream_bytes", lambda *_: shared)
-    monkeypatch.setattr(memory, "available", lambda _: memory.Plan([one] * 2, shared).total)
+    monkeypatch.setattr(sweeps, "free_memory", lambda _: memory.Plan([one] * 2, shared).total)
     with pytest.raises(ValueError, match=r"3 runs at once need weights 0.00 \+ .* GiB are free.*add --waves"):
         sweep(config)
     assert not (tmp_path / "sweep" / "sweep.json").exists()
     report = sweep(dataclasses.replace(config, waves=True))
     assert [line.split(":")[0] for line in report["memory"]] == ["2 runs", "1 runs"]
     assert sorted(rows(config.out), key=str) == sorted(rows(whole.out), key=str)
-    monkeypatch.setattr(memory, "available", lambda _: one.kept)
+    monkeypatch.setattr(sweeps, "free_memory", lambda _: one.kept)
     with pytest.raises(ValueError, match=r"1 runs at once need .* lower n_latents or batch_size"):
         sweep(dataclasses.replace(config, waves=True, out=str(tmp_path / "none")))
 

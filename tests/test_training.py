@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from monosem import step
 from monosem.activations import ActivationStore, harvest
+from monosem.checkpoint import load_state
 from monosem.config import HarvestConfig, TrainConfig, activation_facts, activations
 from monosem.kernels import torch_sparse
 from monosem.logs import MetricsLog
@@ -131,8 +132,10 @@ def test_killed_and_run_again_ends_in_the_same_bits(
     train(cut)
     assert [path.name for path in (tmp_path / "cut" / "state").iterdir() if path.suffix == ".tmp"] == []
     want, got = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "cut")
-    assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
     assert rows_without_time(tmp_path / "whole") == rows_without_time(tmp_path / "cut")
+    assert want.keys() == got.keys()
+    differing = {name: (want[name] - got[name]).abs().max().item() for name in want if not want[name].equal(got[name])}
+    assert differing == {}
 
 
 def test_interrupt_saves_and_says_how_to_go_on(store: Path, tmp_path: Path) -> None:
@@ -275,3 +278,13 @@ def test_averaged_weights_are_corrected_for_their_start_at_zero() -> None:
         step.apply(state, step.gradients(state, x, recipe, torch_sparse), recipe, torch_sparse, len(x))
     for average, w in zip(state.averaged_weights(0.9), weights, strict=True):
         torch.testing.assert_close(average, w, rtol=1e-4, atol=1e-4)
+
+
+def test_a_loaded_state_lies_in_memory_as_a_new_one(store: Path, tmp_path: Path) -> None:
+    """BLAS may give other bits at another alignment; a file's tensors lie wherever the header ends."""
+    train(configured(store, tmp_path, n_tokens=64, activation="batch_topk"))
+    loaded = load_state(tmp_path / "state", torch.device("cpu"))
+    assert loaded is not None
+    tensors = [*loaded[0].weights, *loaded[0].optimizer.first, *loaded[0].extras.values.values()]
+    assert {t.data_ptr() % 64 for t in tensors} == {0}
+    assert load_file(next((tmp_path / "state").glob("*.safetensors")))["weights.encoder"].data_ptr() % 64

@@ -33,7 +33,7 @@ _HOMES = {
     "train": "training",
     "sweep": "sweeps",
     "evaluate": "evals",
-    "explain": "explanations",
+    "explain": "explanations.entry",
     "run": "main_job",
     "scale": "scaling",
 }

@@ -15,6 +15,7 @@ left out) of context `r // rows_per_context`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -22,7 +23,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ COMPILED_TOLERANCE = 0.1
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _ADDRESS = ("tokens", "documents", "positions")
 _REPAIR = "copy the store again, or delete its manifest.json and harvest again, which keeps what is whole"
-_FREE_FIELDS = ("out", "device")
+_FREE_FIELDS = ("out", "device", "layers")
 """Fields of the config that a resumed harvest may change: they decide where, not what."""
 
 
@@ -68,19 +69,44 @@ def harvest(config: HarvestConfig) -> ActivationStore:
     in the same bytes. `ValueError` when the folder belongs to another config (the fields are named), the corpus is
     too small, or an activation is not finite; `OSError` when the disk is full.
     """
-    out = Path(config.out)
+    if config.layers:
+        raise ValueError(
+            f"layers is {list(config.layers)}; one store has one layer: call harvest_layers, or give layer"
+        )
+    return _harvested([config])[0]
+
+
+def harvest_layers(config: HarvestConfig) -> list[ActivationStore]:
+    """A finished store for each of `config.layers`, in `config.out`/layer-L: `harvest` of all in one forward pass.
+
+    The stores of a residual stream have the bytes that `harvest` of their layer alone gives. Errors as there.
+    """
     if not config.out:
-        raise ValueError("out is empty; give the folder of the activation store")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out is {out}, which is a file; give a folder")
-    with artifacts.folder_lock(out):
-        if (out / "manifest.json").exists():
-            store = ActivationStore.open(out)
-            _require_same(out, store.manifest, config, _local_corpus(config))
-            log.info("store %s is already complete", out)
-            return store
-        _harvest(config, out)
-    return ActivationStore.open(out)
+        raise ValueError("out is empty; give the folder of the activation stores")
+    one = [(layer, str(Path(config.out) / f"layer-{layer}")) for layer in config.layers]
+    return _harvested([dataclasses.replace(config, layers=(), layer=layer, out=out) for layer, out in one])
+
+
+def _harvested(configs: list[HarvestConfig]) -> list[ActivationStore]:
+    """The finished stores of configs that differ in `out` and `layer` alone."""
+    outs = [Path(config.out) for config in configs]
+    for config, out in zip(configs, outs, strict=True):
+        if not config.out:
+            raise ValueError("out is empty; give the folder of the activation store")
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"out is {out}, which is a file; give a folder")
+    with contextlib.ExitStack() as locks:
+        missing = []
+        for config, out in zip(configs, outs, strict=True):
+            locks.enter_context(artifacts.folder_lock(out))
+            if (out / "manifest.json").exists():
+                _require_same(out, ActivationStore.open(out).manifest, config, _local_corpus(config))
+                log.info("store %s is already complete", out)
+            else:
+                missing.append(config)
+        if missing:
+            _harvest(missing)
+    return [ActivationStore.open(out) for out in outs]
 
 
 class ActivationStore:
@@ -151,9 +177,12 @@ class ActivationStore:
         """All rows of the split in the store's dtype, in memory."""
         return torch.cat([self.block(split, index) for index in range(self.n_blocks(split))])
 
-    def contexts(self, split: str) -> Contexts:
-        """The tokens that the rows of the split belong to, with their addresses."""
-        shards = [self._shard(split, index) for index in range(len(self._split(split)["shards"]))]
+    def contexts(self, split: str, n_blocks: int | None = None) -> Contexts:
+        """The tokens that the rows of the split belong to, with their addresses; at least those of the first blocks."""
+        n_shards = len(self._split(split)["shards"])
+        if n_blocks is not None:  # so that the other shards need not be read to be checked
+            n_shards = min(n_shards, -(-n_blocks // self.config["shard_blocks"]))
+        shards = [self._shard(split, index) for index in range(n_shards)]
         tokens, documents, positions = (torch.cat([s.get_tensor(name) for s in shards]) for name in _ADDRESS)
         file = self._split(split)["documents"]
         _check_sha256(self.path / file["file"], file["sha256"])
@@ -181,14 +210,17 @@ class ActivationStore:
 
 
 class _Job(NamedTuple):
-    """One harvest under way."""
+    """One store under way."""
 
     config: HarvestConfig
-    out: Path
     subject: Subject
     site: Site
     compiled: bool = False
     """Whether the forward pass is `capture(compiled=True)`: it decides bits, so the plan and the manifest say it."""
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
 
     @property
     def first(self) -> int:
@@ -200,39 +232,46 @@ class _Job(NamedTuple):
         return self.config.block_contexts * (self.config.context_length - self.first)
 
 
-def _harvest(config: HarvestConfig, out: Path) -> None:
-    started = time.perf_counter()
+def _harvest(configs: list[HarvestConfig]) -> None:
+    """Make the stores of configs that differ in `out` and `layer` alone."""
+    started, config = time.perf_counter(), configs[0]
     subject = Subject.load(config.model, revision=config.revision, dtype=config.dtype, device=config.device)
     if config.context_length > subject.max_context:
         raise ValueError(
             f"context_length is {config.context_length}; {subject.name} reads at most {subject.max_context}: lower it"
         )
-    job = _Job(config, out, subject, subject.site(config.layer, config.location, config.revision))
+    jobs = [_Job(c, subject, subject.site(c.layer, c.location, c.revision)) for c in configs]
     sources = {"subject": subject.hash, "tokenizer": subject.tokenizer_hash, "corpus": corpus_hash(config.corpus)}
-    plan = _resumable_plan(out, config, sources)
-    found = {split: _contexts(job, split) for split in SPLITS}  # both at first: too little text shows before any work
-    job = job._replace(compiled=_choose_compiled(job, plan, found["train"]))
-    if plan is None:
-        plan = artifacts.manifest(PLAN_KIND, to_dict(config), sources, compiled=job.compiled)
-        artifacts.write_json(out / "plan.json", plan)
-    splits, sidecars = {}, {}
-    for split in SPLITS:
-        splits[split], sidecars[split] = _harvest_split(job, split, found[split])
+    plans = [_resumable_plan(job.out, job.config, sources) for job in jobs]
+    found = {split: _contexts(jobs[0], split) for split in SPLITS}  # both at first: too little text shows before work
+    compiled = _choose_compiled(jobs, plans, found["train"])
+    jobs = [job._replace(compiled=compiled) for job in jobs]
+    for job, plan in zip(jobs, plans, strict=True):
+        if plan is None:
+            plan = artifacts.manifest(PLAN_KIND, to_dict(job.config), sources, compiled=compiled)
+            artifacts.write_json(job.out / "plan.json", plan)
+    splits = {split: _harvest_split(jobs, split, found[split]) for split in SPLITS}
+    for i, job in enumerate(jobs):
+        _finish(job, sources, {split: splits[split][i] for split in SPLITS})
+    elapsed_s = time.perf_counter() - started
+    for job in jobs:
+        log.info("store %s is complete: activations of %s, after %.0f s", job.out, job.site, elapsed_s)
+
+
+def _finish(job: _Job, sources: dict[str, str], splits: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]) -> None:
+    """Write what is of the whole store, the manifest last."""
+    sidecars = {split: found for split, (_, found) in splits.items()}
     facts = {
-        "subject": subject.name,
+        "subject": job.subject.name,
         "site": dataclasses.asdict(job.site),
-        "width": subject.site_width(job.site),
-        "dtype": config.dtype,
+        "width": job.subject.site_width(job.site),
+        "dtype": job.config.dtype,
         "compiled": job.compiled,
-        "mean": _write_mean(out, sidecars["train"]),
+        "mean": _write_mean(job.out, sidecars["train"]),
         "norms": _norms([*sidecars["train"], *sidecars["held_out"]]),
-        "splits": splits,
+        "splits": {split: entry for split, (entry, _) in splits.items()},
     }
-    artifacts.write_json(out / "manifest.json", artifacts.manifest(KIND, to_dict(config), sources, **facts))
-    n_rows = sum(split["n_rows"] for split in splits.values())
-    log.info(
-        "store %s is complete: %d activations of %s in %.0f s", out, n_rows, job.site, time.perf_counter() - started
-    )
+    artifacts.write_json(job.out / "manifest.json", artifacts.manifest(KIND, to_dict(job.config), sources, **facts))
 
 
 def _resumable_plan(out: Path, config: HarvestConfig, sources: dict[str, str]) -> dict[str, Any] | None:
@@ -247,38 +286,41 @@ def _resumable_plan(out: Path, config: HarvestConfig, sources: dict[str, str]) -
     return plan
 
 
-def _choose_compiled(job: _Job, plan: dict[str, Any] | None, found: Contexts) -> bool:
-    """Whether to run the subject compiled: as the plan says, else where it pays and works; the log says why not."""
-    if plan is not None:
-        wanted = plan.get("compiled", False)  # plans before 2026-11-25 do not say: those harvests were plain
-    else:
-        n_rows = job.config.n_tokens + job.config.n_tokens_held_out
-        wanted = n_rows >= COMPILE_FROM_TOKENS and job.config.dtype == "bfloat16" and job.subject.device.type == "cpu"
-    if not wanted or not (problem := _compile(job, found.tokens[: job.config.block_contexts])):
+def _choose_compiled(jobs: list[_Job], plans: list[dict[str, Any] | None], found: Contexts) -> bool:
+    """Whether to run the subject compiled: as a plan says, else where it pays and works; the log says why not."""
+    config, subject = jobs[0].config, jobs[0].subject
+    begun = {plan.get("compiled", False) for plan in plans if plan is not None}  # before 2026-11-25: no word, plain
+    if len(begun) > 1:
+        raise ValueError(f"of {', '.join(str(job.out) for job in jobs)} some were begun compiled; harvest them apart")
+    n_rows = config.n_tokens + config.n_tokens_held_out
+    pays = n_rows >= COMPILE_FROM_TOKENS and config.dtype == "bfloat16" and subject.device.type == "cpu"
+    wanted = begun.pop() if begun else pays
+    if not wanted or not (problem := _compile(jobs, found.tokens[: config.block_contexts])):
         return wanted
-    if plan is not None:
+    if any(plan is not None for plan in plans):
         raise ValueError(
-            f"{job.out} was begun with {job.subject.name} compiled, and here that fails ({problem}); go on where it "
+            f"{jobs[0].out} was begun with {subject.name} compiled, and here that fails ({problem}); go on where it "
             f"works (torch.compile needs a C++ compiler), or choose another out"
         )
-    log.warning("%s does not compile (%s); harvesting without, which is slower", job.subject.name, problem)
+    log.warning("%s does not compile (%s); harvesting without, which is slower", subject.name, problem)
     return False
 
 
-def _compile(job: _Job, tokens: Int[Tensor, "n ctx"]) -> str:
+def _compile(jobs: list[_Job], tokens: Int[Tensor, "n ctx"]) -> str:
     """Compile the subject by a first forward pass; in a line why it cannot be used compiled, else an empty string."""
-    if not job.subject.blocks_before(job.site):
-        return f"no block is known to be over before {job.site.location} of layer {job.site.layer}"
+    subject, sites = jobs[0].subject, [job.site for job in jobs]
+    if not subject.blocks_before(sites[-1]):
+        return f"no block is known to be over before {sites[-1].location} of layer {sites[-1].layer}"
     started = time.perf_counter()
     try:
-        fast = capture_block(job.subject, job.site, tokens, compiled=True).float()
+        fast = capture_block(subject, sites, tokens, compiled=True)[-1].float()
     except (RuntimeError, OSError) as error:  # whatever goes wrong in compiling is one of these
         log.debug("torch.compile failed", exc_info=True)
         return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
     elapsed_s = time.perf_counter() - started
-    plain = capture_block(job.subject, job.site, tokens).float()
+    plain = capture_block(subject, sites, tokens)[-1].float()
     difference = ((fast - plain).norm() / plain.norm()).item()
-    log.info("compiled %s in %.0f s; activations differ by %.2g", job.subject.name, elapsed_s, difference)
+    log.info("compiled %s in %.0f s; activations differ by %.2g", subject.name, elapsed_s, difference)
     return "" if difference <= COMPILED_TOLERANCE else f"its activations are off by {difference:.2g}"
 
 
@@ -313,60 +355,70 @@ def _contexts(job: _Job, split: str) -> Contexts:
     )
 
 
-def _harvest_split(job: _Job, split: str, found: Contexts) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Write what is missing of one split; its entry in the manifest, and the sidecars of its shards."""
-    n_blocks = len(found.tokens) // job.config.block_contexts
-    artifacts.write_json(job.out / split / "documents.json", found.document_hashes)
-    sidecars = _write_shards(job, split, found, n_blocks)
-    entry = {
-        "n_blocks": n_blocks,
-        "n_rows": n_blocks * job.block_rows,
-        "n_contexts": len(found.tokens),
-        "n_excluded": len(found.tokens) * job.first,
-        "n_documents": len(found.document_hashes),
-        "documents": _file_facts(job.out, job.out / split / "documents.json"),
-        "shards": [{name: sidecar[name] for name in ("file", "sha256", "bytes", "n_rows")} for sidecar in sidecars],
-    }
-    return entry, sidecars
+def _harvest_split(jobs: list[_Job], split: str, found: Contexts) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Write what is missing of one split; for each job its entry in the manifest, and the sidecars of its shards."""
+    n_blocks = len(found.tokens) // jobs[0].config.block_contexts
+    for job in jobs:
+        artifacts.write_json(job.out / split / "documents.json", found.document_hashes)
+    entries = []
+    for job, sidecars in zip(jobs, _write_shards(jobs, split, found, n_blocks), strict=True):
+        entry = {
+            "n_blocks": n_blocks,
+            "n_rows": n_blocks * job.block_rows,
+            "n_contexts": len(found.tokens),
+            "n_excluded": len(found.tokens) * job.first,
+            "n_documents": len(found.document_hashes),
+            "documents": _file_facts(job.out, job.out / split / "documents.json"),
+            "shards": [{name: sidecar[name] for name in ("file", "sha256", "bytes", "n_rows")} for sidecar in sidecars],
+        }
+        entries.append((entry, sidecars))
+    return entries
 
 
-def _write_shards(job: _Job, split: str, found: Contexts, n_blocks: int) -> list[dict[str, Any]]:
-    """The sidecars of all shards of the split, after writing the shards that are missing."""
-    files = [f"{split}/shard-{i:05d}.safetensors" for i in range(-(-n_blocks // job.config.shard_blocks))]
-    done = {file: sidecar for file in files if (sidecar := _finished_sidecar(job.out, file))}
-    shard_of = {block: files[block // job.config.shard_blocks] for block in range(n_blocks)}
-    todo = [block for block in range(n_blocks) if shard_of[block] not in done]
-    each, total = job.config.block_contexts * job.config.context_length, found.tokens.numel()
+def _write_shards(jobs: list[_Job], split: str, found: Contexts, n_blocks: int) -> list[list[dict[str, Any]]]:
+    """Of each job the sidecars of all shards of the split, after writing the shards that are missing."""
+    config = jobs[0].config
+    files = [f"{split}/shard-{i:05d}.safetensors" for i in range(-(-n_blocks // config.shard_blocks))]
+    done = [{file: sidecar for file in files if (sidecar := _finished_sidecar(job.out, file))} for job in jobs]
+    shard_of = {block: files[block // config.shard_blocks] for block in range(n_blocks)}
+    todo = [block for block in range(n_blocks) if not all(shard_of[block] in have for have in done)]
+    each, total = config.block_contexts * config.context_length, found.tokens.numel()
     shown = progress(todo, f"harvest {split}", "tok", total=total, each=each, start=total - len(todo) * each)
     started = time.perf_counter()
     for file, blocks in itertools.groupby(shown, key=lambda block: shard_of[block]):
-        done[file] = _write_shard(job, file, [_block_tensors(job, split, found, block) for block in blocks])
+        lacking = [i for i, have in enumerate(done) if file not in have]
+        captured = [_block_tensors([jobs[i] for i in lacking], split, found, block) for block in blocks]
+        for i, own in zip(lacking, zip(*captured, strict=True), strict=True):
+            done[i][file] = _write_shard(jobs[i], file, list(own))
     elapsed_s = time.perf_counter() - started
     if todo:
         log.info("%s: %d tokens at %.0f tokens/s", split, len(todo) * each, len(todo) * each / elapsed_s)
-    return [done[file] for file in files]
+    return [[have[file] for file in files] for have in done]
 
 
-def _block_tensors(job: _Job, split: str, found: Contexts, block: int) -> dict[str, Tensor]:
-    """One forward pass: `captured` [contexts, ctx, width] in the store's dtype, and the contexts; all finite."""
-    start = block * job.config.block_contexts
-    here = slice(start, start + job.config.block_contexts)
-    captured = capture_block(job.subject, job.site, found.tokens[here], compiled=job.compiled)
-    captured = captured.to(_DTYPES[job.config.dtype])
-    if not torch.isfinite(captured).all():
-        context, token = (~torch.isfinite(captured)).any(dim=2).nonzero()[0].tolist()
-        document = found.document_hashes[int(found.documents[start + context, token])]
-        raise ValueError(
-            f"activations of {job.site} are not finite at {split} context {start + context}, token {token} (document "
-            f"{document}, position {found.positions[start + context, token]}); try dtype float32 or another layer"
-        )
-    return {"captured": captured, **{name: getattr(found, name)[here] for name in _ADDRESS}}
+def _block_tensors(jobs: list[_Job], split: str, found: Contexts, block: int) -> list[dict[str, Tensor]]:
+    """One forward pass; for each job `captured` [contexts, ctx, width] in the store's dtype, finite; the contexts."""
+    config, subject = jobs[0].config, jobs[0].subject
+    here = slice(block * config.block_contexts, (block + 1) * config.block_contexts)
+    address = {name: getattr(found, name)[here] for name in _ADDRESS}
+    captured = capture_block(subject, [job.site for job in jobs], found.tokens[here], compiled=jobs[0].compiled)
+    captured = [activations.to(_DTYPES[config.dtype]) for activations in captured]
+    for job, activations in zip(jobs, captured, strict=True):
+        if not torch.isfinite(activations).all():
+            context, token = (~torch.isfinite(activations)).any(dim=2).nonzero()[0].tolist()
+            document = found.document_hashes[int(address["documents"][context, token])]
+            raise ValueError(
+                f"activations of {job.site} are not finite at {split} context {here.start + context}, token {token} "
+                f"(document {document}, position {address['positions'][context, token]}); "
+                "try dtype float32 or another layer"
+            )
+    return [{"captured": activations, **address} for activations in captured]
 
 
 def capture_block(
-    subject: Subject, site: Site, tokens: Int[Tensor, "n ctx"], *, compiled: bool = False
-) -> Float[Tensor, "n ctx width"]:
-    return subject.capture(tokens, site, compiled=compiled).cpu()
+    subject: Subject, sites: Sequence[Site], tokens: Int[Tensor, "n ctx"], *, compiled: bool = False
+) -> list[Float[Tensor, "n ctx width"]]:
+    return [found.cpu() for found in subject.capture_all(tokens, sites, compiled=compiled)]
 
 
 def _write_shard(job: _Job, file: str, blocks: list[dict[str, Tensor]]) -> dict[str, Any]:

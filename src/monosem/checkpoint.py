@@ -44,7 +44,8 @@ def load_state(folder: str | Path, device: torch.device) -> tuple[TrainState, di
     parts = ("weights", "first", "second", *(["average"] if facts["ema"] else []))
     names = [*Weights._fields, *facts.get("extras", [])]  # states written before there were extras have none
     expected = {f"{part}.{name}" for part in parts for name in names} | {"tokens_since_fired", "n_auxk_dropped"}
-    found = {key: value.to(device) for key, value in load_checked(path, expected).items()}
+    # A copy lies in memory as a new tensor does: BLAS may sum in another order at another alignment.
+    found = {key: value.to(device, copy=True) for key, value in load_checked(path, expected).items()}
     weights = {part: Weights(*(found[f"{part}.{name}"] for name in Weights._fields)) for part in parts}
     extras = {part: {name: found[f"{part}.{name}"] for name in names[len(Weights._fields) :]} for part in parts}
     state = TrainState(

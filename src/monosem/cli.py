@@ -21,7 +21,7 @@ from typing import Any
 
 import tyro
 
-from monosem import __version__, config, logs
+from monosem import __version__, charts, config, logs
 
 log = logging.getLogger("monosem")
 
@@ -32,10 +32,11 @@ _STAGES: dict[str, type] = {
     "sweep": config.SweepConfig,
     "eval": config.EvalConfig,
     "explain": config.ExplainConfig,
+    "serve": config.ServeConfig,
     "scale": config.ScaleConfig,
     "plan": config.PlanConfig,
 }
-_POSITIONAL = {"eval": "run", "explain": "run", "scale": "table"}
+_POSITIONAL = {"eval": "run", "explain": "run", "serve": "run", "scale": "table"}
 _WITH_JSON = ("eval", "run", "scale", "plan")
 
 _USAGE = f"""monosem {__version__}: sparse autoencoders of a language model's activations, trained and measured.
@@ -49,6 +50,7 @@ usage: monosem COMMAND [--config FILE.json] [flags]
   eval RUN  autoencoder -> numbers on held-out text        (--json: one JSON object on stdout)
             several RUNs, --report PAGE.html: a page to read, and its table as PAGE.md
   explain RUN  what each latent fires on, votes for and is near to, as columns in RUN/explain
+  serve RUN    all of it on pages in the browser, on this machine only
   scale DIR table of runs -> scaling laws and figures      (--json)
   plan      a budget or a goal -> n, k, tokens, hours, bytes by those laws, and a prediction to check   (--json)
 
@@ -109,6 +111,11 @@ def _message(error: Exception) -> str | None:
 def _stage(name: str, argv: list[str]) -> int:
     if name not in _STAGES:
         raise ValueError(f"there is no command {name!r}; choose one of {', '.join(_STAGES)} (monosem --help)")
+    named = [word for word in argv if word.startswith("--") and word.split("=")[0].endswith("activation-options")]
+    if len(named) > 1:
+        raise ValueError(
+            f"{named[0]} is given {len(named)} times and only the last would count; name all options after one"
+        )
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     own.add_argument("--config")
     own.add_argument("--json", action="store_true")
@@ -129,12 +136,11 @@ def _stage(name: str, argv: list[str]) -> int:
             raise ValueError(f"`monosem {name}` takes one {_POSITIONAL[name]}, not {', '.join(given)}")
     stage = _parse(name, _STAGES[name], ours.config, rest)
     if name == "harvest":
-        from monosem.activations import harvest
+        from monosem.activations import harvest, harvest_layers
 
-        store = harvest(stage)
-        print(
-            f"{store.n_rows('train'):,} training and {store.n_rows('held_out'):,} held-out activations in {stage.out}"
-        )
+        for store in harvest_layers(stage) if stage.layers else [harvest(stage)]:
+            counts = (f"{store.n_rows(split):,}" for split in ("train", "held_out"))
+            print("{} training and {} held-out activations in {}".format(*counts, store.path))
     elif name == "train":
         from monosem.training import train
 
@@ -145,10 +151,15 @@ def _stage(name: str, argv: list[str]) -> int:
 
         print(f"{summary(sweep(stage))}\nthe runs: {stage.out}/runs.csv; where the time went: {stage.out}/sweep.json")
     elif name == "explain":
-        from monosem.explanations import explain
+        from monosem.explanations.entry import explain
 
         explained = explain(stage)
         print(f"{explained.n_latents:,} latents over {explained.manifest['n_tokens']:,} tokens in {explained.folder}")
+    elif name == "serve":
+        charts.library("uvicorn", "viewer")
+        from monosem.viewer.server import serve
+
+        serve(stage)
     elif name == "scale":
         from monosem.scaling import scale, summary
 

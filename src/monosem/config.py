@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import hashlib
-import json
 import math
 import typing
 from dataclasses import dataclass, field
@@ -40,6 +38,8 @@ class HarvestConfig:
     """Hub revision of the subject (branch, tag or commit)."""
     layer: int | None = None
     """0-based block; default ceil(0.75 L) - 1, three quarters of the depth (Gao et al. 2024, section 1)."""
+    layers: tuple[int, ...] = ()
+    """Instead of `layer`, several in one forward pass: a store each, in OUT/layer-L."""
     location: str = "resid_post_mlp"
     """resid_post_mlp, resid_post_attn, resid_delta_mlp, resid_delta_attn, mlp_post_act, or a dotted module name."""
     corpus: str = DEFAULT_CORPUS
@@ -74,6 +74,9 @@ class HarvestConfig:
         _check_seed(self.seed)
         if self.layer is not None and self.layer < 0:
             raise ValueError(f"layer is {self.layer}; layers count from 0")
+        if self.layers and (self.layer is not None or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0):
+            given = f"layer is {self.layer} and layers is {list(self.layers)}"
+            raise ValueError(f"{given}; give one of them, each layer once, counted from 0")
 
 
 @dataclass(frozen=True)
@@ -318,7 +321,7 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class ExplainConfig:
-    """Autoencoder -> statistics, examples, neighbours and votes of every latent (`monosem explain`)."""
+    """Autoencoder -> what every latent fires on and votes for, and rules and effects of some (`monosem explain`)."""
 
     run: str
     """Run folder (with autoencoder/ in it) or the folder of a released autoencoder."""
@@ -326,13 +329,39 @@ class ExplainConfig:
     """Activation store whose training tokens are looked at; default: the one the run was trained on."""
     n_tokens: int = 1_048_576
     """Tokens to look at (fewer if the store has fewer)."""
+    n2g: int | Literal["all"] = 256
+    """Latents that get an N2G rule with its recall and precision, drawn among those that fire; more add to what is
+    there, and 0 makes none."""
+    ablations: int | Literal["all"] = 32
+    """Latents ablated at the peaks of their strongest examples; the first of those with rules. 0 for none."""
     seed: int = 0
-    """Which contexts are drawn as random and quantile examples."""
+    """Which contexts are drawn as random and quantile examples, and which latents get rules and ablations."""
     device: str = "auto"
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "n_tokens")
+        for name in ("n2g", "ablations"):
+            if getattr(self, name) != "all":
+                _at_least(self, 0, name)
         _check_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """A run -> pages in the browser, on this machine only (`monosem serve`)."""
+
+    run: str
+    """Run folder (with autoencoder/ in it) or the folder of a released autoencoder."""
+    port: int = 8765
+    """Port on 127.0.0.1; 0 takes a free one."""
+    scaling: str | None = None
+    """Folder of a scaling.json to show; default: the folder that the run is in."""
+    read_only: bool = False
+    """Keep no notes and no stars."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port is {self.port}; give a whole number from 0 to 65535")
 
 
 @dataclass(frozen=True)
@@ -411,11 +440,6 @@ def from_dict(kind: type[C], data: dict[str, Any]) -> C:
     return kind(**{name: _checked(kind, name, hints[name], value) for name, value in data.items()})
 
 
-def config_hash(config: Any) -> str:
-    """sha256 of the config's canonical JSON."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
-
-
 def changed_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Names of the fields that differ, as `name: old -> new`."""
     return [
@@ -435,10 +459,15 @@ def _checked(kind: type, name: str, hint: Any, value: Any) -> Any:
         if value not in allowed:
             raise ValueError(f"{kind.__name__}.{name} is {value!r}; choose one of {', '.join(map(str, allowed))}")
         return value
+    if value in [choice for a in allowed if typing.get_origin(a) is Literal for choice in typing.get_args(a)]:
+        return value
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not any(type(value) is a for a in allowed):
-        names = " or ".join(getattr(a, "__name__", str(a)) for a in allowed)
+        names = " or ".join(
+            repr(*typing.get_args(a)) if typing.get_origin(a) is Literal else getattr(a, "__name__", str(a))
+            for a in allowed
+        )
         raise ValueError(f"{kind.__name__}.{name} is {value!r}; it must be {names}")
     return value
 

@@ -81,9 +81,8 @@ class LiveSource:
 
     def block(self, index: int) -> Float[Tensor, "block_rows width"]:
         tokens = self.tokens[index * self.block_contexts : (index + 1) * self.block_contexts]
-        return capture_block(self.subject, self.site, tokens)[:, self.first_position :].reshape(
-            self.block_rows, self.width
-        )
+        (captured,) = capture_block(self.subject, [self.site], tokens)
+        return captured[:, self.first_position :].reshape(self.block_rows, self.width)
 
 
 class ActivationStream:

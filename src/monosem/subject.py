@@ -32,7 +32,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -57,6 +57,7 @@ logger = logging.getLogger("monosem")
 
 Side = Literal["input", "output"]
 Replace = Callable[[Float[Tensor, "batch ctx width"]], Float[Tensor, "batch ctx width"]]
+Choose = Callable[[Float[Tensor, "batch vocab"]], Int[Tensor, " batch"]]
 
 
 class Point(NamedTuple):
@@ -240,20 +241,46 @@ class Subject:
         `compiled` runs `blocks_before(site)` through torch.compile: faster, with other rounding, and after a delay of
         seconds to half a minute at the first call for a shape. `RuntimeError` or `OSError` where they do not compile.
         """
-        target, side = self._module_at(site)
+        return self.capture_all(tokens, [site], compiled=compiled)[0]
 
-        def stop(tensor: Tensor) -> Tensor:
-            raise _SiteReachedError(_checked_activations(tensor, tokens, site))
+    def capture_all(
+        self, tokens: Int[Tensor, "batch ctx"], sites: Sequence[Site], *, compiled: bool = False
+    ) -> list[Float[Tensor, "batch ctx width"]]:
+        """As `capture` at each of the sites, in one forward pass that ends at the last one reached.
 
-        found = None
-        with _hook(target, side, stop), self._compile(self.blocks_before(site) if compiled else []):
-            try:
+        `compiled` leaves blocks plain that have a site inside.
+        """
+        found: dict[int, Tensor] = {}
+
+        def keep(i: int) -> Callable[[Tensor], Tensor]:
+            def hook(tensor: Tensor) -> Tensor:
+                found[i] = _checked_activations(tensor, tokens, sites[i])
+                if len(found) == len(sites):
+                    raise _SitesReachedError
+                found[i] = found[i].clone()  # what comes later may change the tensor in place
+                return tensor
+
+            return hook
+
+        modules = [self._module_at(site) for site in sites]
+        blocks = self._whole_blocks(sites, [module for module, _ in modules]) if compiled else []
+        with contextlib.ExitStack() as hooks:
+            for i, (module, side) in enumerate(modules):
+                hooks.enter_context(_hook(module, side, keep(i)))
+            hooks.enter_context(self._compile(blocks))
+            with contextlib.suppress(_SitesReachedError):
                 self._forward(tokens)
-            except _SiteReachedError as reached:
-                found = reached.activations
-        if found is None:
-            raise ValueError(f"{site.location} of {self.name} takes no part in its forward pass; choose another site")
-        return found.clone()  # outside inference mode: an ordinary tensor, which autograd accepts
+        for i, site in enumerate(sites):
+            if i not in found:
+                raise ValueError(
+                    f"{site.location} of {self.name} takes no part in its forward pass; choose another site"
+                )
+        return [found[i].clone() for i in range(len(sites))]  # outside inference mode: autograd accepts them
+
+    def _whole_blocks(self, sites: Sequence[Site], modules: list[nn.Module]) -> list[nn.Module]:
+        """The blocks before the last of the sites, but those with a site inside."""
+        before = max((self.blocks_before(site) for site in sites), key=len)
+        return [block for block in before if not any(m is not block and m in block.modules() for m in modules)]
 
     def blocks_before(self, site: Site) -> list[nn.Module]:
         """The blocks that are over when `site` is reached; none for a module given by its dotted name."""
@@ -295,6 +322,26 @@ class Subject:
         """The next-token logits, in the subject's dtype. `ValueError` for an encoder, which has none."""
         self._require_logits()
         return self._forward(tokens).logits
+
+    @torch.inference_mode()
+    def continue_with(
+        self, tokens: Int[Tensor, "batch ctx"], site: Site, replace: Replace, n_tokens: int, choose: Choose
+    ) -> Int[Tensor, "batch n_tokens"]:
+        """The next `n_tokens`, one at a time, each taken by `choose` from the logits [batch, vocab] after the last.
+
+        The tensor at `site` is replaced at all tokens, the new ones too; `replace` gets one token at a time of those.
+        """
+        target, side = self._module_at(site)
+        self._require_logits()
+        if tokens.shape[1] + n_tokens > self.max_context:
+            raise ValueError(f"{tokens.shape[1]} + {n_tokens} tokens; {self.name} reads at most {self.max_context}")
+        ids, past, found = tokens.to(self.device, torch.long), None, []
+        with _hook(target, side, lambda x: replace(x).to(x)):
+            for _ in range(n_tokens):
+                out = self.module(ids, past_key_values=past, use_cache=True)
+                ids, past = choose(out.logits[:, -1].float())[:, None], out.past_key_values
+                found.append(ids)
+        return torch.cat(found, dim=1)
 
     def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Float[Tensor, " d_model"]]:
         """The unembedding's rows, and the gain of the norm before it; `ValueError` where either is not known."""
@@ -401,12 +448,8 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
-class _SiteReachedError(Exception):
-    """Leaves the forward pass with the activations."""
-
-    def __init__(self, activations: Tensor) -> None:
-        super().__init__()
-        self.activations = activations
+class _SitesReachedError(Exception):
+    """Leaves the forward pass."""
 
 
 @contextlib.contextmanager

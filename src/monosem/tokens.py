@@ -349,14 +349,18 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a .csv or .csv.zst file by column, each with the line it ends on; `ValueError` when it is not CSV."""
     with open(path, "rb") as file:
         source = _decompressed(file, path) if path.name.lower().endswith(".zst") else file
-        reader = csv.DictReader(io.TextIOWrapper(source, "utf-8-sig", newline=""))  # -sig: spreadsheets write a BOM
-        try:
-            for row in reader:
-                yield reader.line_num, row
-        except csv.Error as error:
-            raise ValueError(
-                f"{path} line {reader.line_num} is not CSV ({error}); convert the file to .jsonl"
-            ) from None
+        with io.TextIOWrapper(source, "utf-8-sig", newline="") as lines:  # -sig: spreadsheets write a BOM
+            yield from csv_rows_of(lines, str(path))
+
+
+def csv_rows_of(lines: Iterable[str], where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `csv_rows`, of an open file; `where` is what messages call it."""
+    reader = csv.DictReader(lines)
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{where} line {reader.line_num} is not CSV ({error}); convert the file to .jsonl") from None
 
 
 def _csv_texts(path: Path, column: str = "text") -> Iterator[str]:

@@ -74,9 +74,7 @@ def _judged_on(
         folder, autoencoder, store = open_run(config.run, config.store, device)
         return autoencoder, store, artifacts.sha256_file(folder / "config.json")
     if config.store is None:
-        raise ValueError(
-            "store is not given; an autoencoder from elsewhere needs one to be judged on"
-        )
+        raise ValueError("store is not given; an autoencoder from elsewhere needs one to be judged on")
     digest = hashlib.sha256()
     for name, tensor in sorted(autoencoder.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

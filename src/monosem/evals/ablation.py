@@ -24,7 +24,7 @@ before, and what enters the site's block, are those of the subject as it is.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -91,6 +91,92 @@ def metrics(
     lists |= {name: tensor.tolist() for name, tensor in merged.items()}
     lists["sparsity"] = [None if math.isnan(s) else s for s in sparsities[:, 0, 0].tolist()]
     return numbers, lists
+
+
+class Effects(NamedTuple):
+    """What ablating one latent at one token of each context does to what is predicted after it.
+
+    Entry t is of the prediction of token t, made at t - 1; up to the ablated position it is NaN, and a token -1.
+    """
+
+    activation: Float[Tensor, " batch"]
+    """Of the latent there, as the subject in its present precision has it."""
+    sparsity: Float[Tensor, " batch"]
+    kl: Float[Tensor, "batch ctx"]
+    """KL(as it is || ablated), nats."""
+    delta_ce: Float[Tensor, "batch ctx"]
+    """Loss on token t ablated, minus as it is, nats."""
+    votes: dict[str, tuple[Int[Tensor, "batch ctx n"], Float[Tensor, "batch ctx n"]]]
+    """logits_up, logits_down, probs_up, probs_down: the tokens whose logit (its median over the vocabulary taken out)
+    or probability the ablation moves up or down most, and by how much, strongest first."""
+
+
+@torch.no_grad()
+def effects(
+    subject: Subject,
+    autoencoder: Autoencoder,
+    site: Site,
+    tokens: Int[Tensor, "batch ctx"],
+    positions: Int[Tensor, " batch"],
+    latents: Int[Tensor, " batch"],
+    *,
+    n_tokens: int = 16,
+) -> Effects:
+    """Ablate `latents[b]` at `positions[b]` of context b; sparsity counts `n_tokens` predictions from there on.
+
+    Whole contexts run, as their positions differ, but below the site's block once for both runs. A latent that is not
+    active there changes nothing, and has no sparsity (NaN).
+    """
+    every, raw = torch.arange(len(tokens)), torch.empty(0)
+
+    def look(x: Tensor) -> Tensor:
+        nonlocal raw
+        raw = x[every, positions].float().clone()
+        return x
+
+    with lower_blocks_run_once(subject, site):
+        original = subject.run_with(tokens, site, look).float()
+        x, stats = autoencoder.normalize(raw)
+        found = autoencoder.encode(x)
+        activation = (found.values * (found.indices == latents.to(raw.device)[:, None])).sum(1)
+        change = -stats.std * activation[:, None] * autoencoder.weights.decoder[latents.to(raw.device)]
+
+        def ablate(x: Tensor) -> Tensor:
+            x = x.clone()
+            x[every, positions] += change.to(x)
+            return x
+
+        ablated = subject.run_with(tokens, site, ablate).float()
+    return _effects(original, ablated, tokens.to(original.device), positions, activation, n_tokens)
+
+
+def _effects(
+    original: Float[Tensor, "batch ctx vocab"],
+    ablated: Float[Tensor, "batch ctx vocab"],
+    tokens: Int[Tensor, "batch ctx"],
+    positions: Int[Tensor, " batch"],
+    activation: Float[Tensor, " batch"],
+    n_tokens: int,
+) -> Effects:
+    shape, n = tokens.shape, min(_N_EXTREMES, original.shape[2])
+    kl, delta_ce = (torch.full(shape, torch.nan) for _ in range(2))
+    names = ("logits_up", "logits_down", "probs_up", "probs_down")
+    votes = {name: (torch.full((*shape, n), -1), torch.full((*shape, n), torch.nan)) for name in names}
+    sparsities = []
+    for b, start in enumerate(positions.tolist()):
+        p, q = (logits[b, start:].log_softmax(-1) for logits in (original, ablated))
+        delta = ablated[b, start:] - original[b, start:]
+        delta -= delta.median(-1, keepdim=True).values
+        sparsities.append(sparsity(delta[None, :n_tokens]))
+        p, q, delta, following = p[:-1], q[:-1], delta[:-1], tokens[b, start + 1 :].long()[:, None]
+        kl[b, start + 1 :] = (p.exp() * (p - q)).sum(-1)
+        delta_ce[b, start + 1 :] = (p.gather(1, following) - q.gather(1, following))[:, 0]
+        for kind, moved in (("logits", delta), ("probs", q.exp() - p.exp())):
+            for side, largest in (("up", True), ("down", False)):
+                top = moved.topk(n, largest=largest)
+                ids, values = votes[f"{kind}_{side}"]
+                ids[b, start + 1 :], values[b, start + 1 :] = top.indices.cpu(), top.values.cpu()
+    return Effects(activation.cpu(), torch.cat(sparsities).cpu(), kl, delta_ce, votes)
 
 
 def sparsity(change: Float[Tensor, "batch n_tokens vocab"]) -> Float[Tensor, " batch"]:

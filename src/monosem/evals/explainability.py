@@ -216,6 +216,14 @@ def score(explanations: Sequence[Explanation], stream: n2g.Stream, *, n_resample
     return Scores(averages, rows)
 
 
+def judge(rule: Rule, tokens: Int[Tensor, "n_contexts ctx"], fired: Fired) -> dict[str, float | None]:
+    """recall (None where the latent does not fire), precision and density of one rule at every token of a text."""
+    fires = torch.zeros(tokens.numel(), dtype=torch.bool)
+    fires[fired.positions] = True
+    predicts = n2g.predict(rule, tokens).flatten() > FIRED_THRESHOLD
+    return {**_counted(fires, predicts, ""), "density": len(fired.positions) / tokens.numel()}
+
+
 def _row(explanation: Explanation, tokens: Tensor, fired: Fired) -> dict[str, Any]:
     """One latent: its density, and recall and precision of its rules; None for a recall of 0/0."""
     activations = torch.zeros(tokens.numel())

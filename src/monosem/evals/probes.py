@@ -240,6 +240,42 @@ _COLUMNS = {
 _WITHOUT_POOLING = ("probe_loss_length", "probe_loss_last_character", "probe_loss_constant")
 
 
+@torch.no_grad()
+def best_latents(
+    autoencoder: Autoencoder,
+    x: Float[Tensor, "n_train d_model"],
+    x_held_out: Float[Tensor, "n_held_out d_model"],
+    task: Task,
+    halves: tuple[list[int], list[int]],
+    *,
+    n: int,
+    n_shuffles: int,
+    options: dict[str, int],
+) -> tuple[list[dict[str, Any]], Float[Tensor, " n_shuffles"]]:
+    """The `n` latents of least loss on the first half, with loss, accuracy and AUC on the other; and what is chance.
+
+    That is the least loss on the first half among all latents, for each of `n_shuffles` shuffles of its labels.
+    """
+    labels, groups = torch.tensor(task.labels).bool(), torch.tensor(task.groups)
+    train, held_out = halves
+    y, judge = labels[train], _Judge(labels[held_out], groups[held_out], options)
+    latents = _latents(autoencoder)
+    fits, moments = fit_all(latents, x, y)
+    found = []
+    for latent in fits.loss.argsort(stable=True)[:n].tolist():
+        one = _refined(latents, latent, x, y)
+        logits = _logits(one, latents, latent, x_held_out)
+        row = {"latent": latent, "weight": float(one.weight[0]), "loss_train": float(one.loss[0])}
+        for name, interval in (
+            ("loss", judge.loss(logits)),
+            ("accuracy", judge.accuracy(logits)),
+            ("auc", judge.auc(logits)),
+        ):
+            row |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        found.append(row)
+    return found, shuffled(latents, x, y, moments, n_shuffles=n_shuffles, seed=options["seed"])
+
+
 def fit(values: Float[Tensor, "n_rows n_texts"], labels: Bool[Tensor, " n_texts"]) -> Fit:
     """The logistic probe of each row of values, by Newton-Raphson with step halving, in the dtype of the values.
 

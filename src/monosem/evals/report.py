@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from monosem import artifacts, charts
 from monosem.charts import Picture, Series
 from monosem.config import activation_facts
-from monosem.evals.definitions import Row, definition, sections
+from monosem.definitions import Row, definition, sections
 
 KIND = "evaluation"
 COLOURS = ("#3f7fd6", "#d9802b", "#2f9e73", "#c4487f", "#8a68d6", "#8a8f2f", "#2e9db0", "#b85c4a")

@@ -303,17 +303,24 @@ class _NotBinaryError(ValueError):
     """A third label."""
 
 
+def labelled_rows(
+    rows: Iterable[tuple[int, dict[str, Any]]], where: str, text: str = "text", label: str = "label"
+) -> Iterator[tuple[str, str, str, str | None]]:
+    """What `make` reads, from the rows of a CSV by line; `ValueError` for a row without a text or label."""
+    for line, row in rows:
+        place = f"{where} line {line}"
+        if None in row:  # where csv puts what the header has no column for
+            raise ValueError(f"{place} has more fields than the header; put texts with commas in double quotes")
+        for column in (text, label):
+            if not (row.get(column) or "").strip():
+                found = "an empty" if column in row else f"only {', '.join(row)} and no column"
+                raise ValueError(f"{place} has {found} {column!r}; every row needs {text!r} and {label!r}")
+        yield place, row[text], row[label].strip(), row.get("group") or None
+
+
 def _csv(path: Path, text: str, label: str) -> Iterator[tuple[str, str, str, str | None]]:
     try:
-        for line, row in csv_rows(path):
-            place = f"{path} line {line}"
-            if None in row:  # where csv puts what the header has no column for
-                raise ValueError(f"{place} has more fields than the header; put texts with commas in double quotes")
-            for column in (text, label):
-                if not (row.get(column) or "").strip():
-                    found = "an empty" if column in row else f"only {', '.join(row)} and no column"
-                    raise ValueError(f"{place} has {found} {column!r}; every row needs {text!r} and {label!r}")
-            yield place, row[text], row[label].strip(), row.get("group") or None
+        yield from labelled_rows(csv_rows(path), str(path), text, label)
     except UnicodeDecodeError:
         line = next(number for number, raw in enumerate(path.read_bytes().split(b"\n"), 1) if not _is_utf8(raw))
         raise ValueError(f"{path} line {line} is not UTF-8; save the file as UTF-8") from None

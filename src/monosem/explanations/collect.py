@@ -19,6 +19,8 @@ import numpy as np
 
 from monosem.types import FIRED_THRESHOLD
 
+N_BANDS = 4
+"""Of equal counts, into which a latent's contexts are divided by their largest activation."""
 N_BINS = 32
 BIN_EDGES = np.concatenate([[0.0], np.geomspace(1e-2, 1e3, N_BINS)]).astype(np.float32)
 """Edges of the histograms' bins, equal steps in log activation; the first bin holds all below 0.01."""

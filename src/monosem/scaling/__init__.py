@@ -122,6 +122,9 @@ def _subjects(config: ScaleConfig, points: list[Point]) -> tuple[str | None, dic
     if config.families:
         for name in names:
             own = [p for p in points if p.subject == name and p.activation == "topk"]
+            if not own:
+                log.warning("%s has no TopK runs and is left out of L_s(N)", name)
+                continue
             tables.one_site(Path(config.table), own, None)
             by_subject[name] = tables.of_main_setting(own)[0]
     subject = config.subject

@@ -1,7 +1,8 @@
 """NMSE against L0 of every activation function, and the gap between TopK and ReLU as n grows.
 
-Two functions are compared at one L0, between the two of their runs that bracket it (interpolated in logs), never
-beyond.
+Of the runs of one function and n count those that no other beats at both: at one sparsity_coef a lower lr may well have
+the lower NMSE because more latents are active. Two functions are compared at one L0, between the two of their runs that
+bracket it (interpolated in logs), never beyond.
 Intervals draw each run's ln NMSE from its interval over text, independently: too wide for runs on the same text.
 """
 
@@ -14,14 +15,15 @@ import numpy as np
 
 from monosem.scaling import fit
 from monosem.scaling.entry import ranges, sign
-from monosem.scaling.tables import Excluded, Point, best_lr, nan_to_none
+from monosem.scaling.tables import Excluded, Point, nan_to_none
 
+_SAME_L0 = 1.01
 GAP_CLAIM = "the gap between ReLU and TopK at one L0 grows with n (p > 0)"
 
 
 def frontier(points: list[Point], at: dict[str, Any], seed: int) -> dict[str, Any]:
     """Curves of NMSE against L0 by activation and n, and `gaps` of every activation to TopK; `topk_relu_gap` in n."""
-    kept, excluded = best_lr([p for p in points if p.l0 > 0])
+    kept, excluded = unbeaten([p for p in points if p.l0 > 0])
     curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for p in sorted(kept, key=lambda p: (p.activation, p.n_latents, p.l0)):
         own = {
@@ -40,6 +42,26 @@ def frontier(points: list[Point], at: dict[str, Any], seed: int) -> dict[str, An
         "topk_relu_gap": _growth([g for g in gaps if g["activation"] == "relu"], seed),
         "excluded": [e._asdict() for e in excluded + _without_l0(points)],
     }
+
+
+def unbeaten(points: list[Point]) -> tuple[list[Point], list[Excluded]]:
+    """The runs of each activation function and n that no other has both fewer active latents and a lower NMSE than.
+
+    L0s within 1% are one, so that of several lr at one k the best is left.
+    """
+    kept, excluded = [], []
+    for p in points:
+        rivals = [q for q in points if (q.activation, q.n_latents) == (p.activation, p.n_latents)]
+        better = [q for q in rivals if q.l0 < p.l0 * _SAME_L0 and q.normalized_mse < p.normalized_mse]
+        if better:
+            q = min(better, key=lambda q: q.normalized_mse)
+            reason = (
+                f"{q.run} has NMSE {q.normalized_mse:.4f} at L0 {q.l0:.1f}, this {p.normalized_mse:.4f} at {p.l0:.1f}"
+            )
+            excluded.append(Excluded(p.run, reason))
+        else:
+            kept.append(p)
+    return kept, excluded
 
 
 def _gaps(points: list[Point], activation: str, seed: int) -> list[dict[str, Any]]:
@@ -62,7 +84,7 @@ def _gaps(points: list[Point], activation: str, seed: int) -> list[dict[str, Any
 
 def _between(points: list[Point], l0: float) -> list[tuple[float, float, float]] | None:
     """(share, ln NMSE, its sd) of the two points that bracket `l0`, or of one (or seeds of one) at it; None beyond."""
-    at = [p for p in points if abs(math.log(p.l0 / l0)) < 0.01]
+    at = [p for p in points if 1 / _SAME_L0 < p.l0 / l0 < _SAME_L0]
     if at:
         return [(1 / len(at), math.log(p.normalized_mse), _sd(p)) for p in at]
     below, above = [p for p in points if p.l0 < l0], [p for p in points if p.l0 > l0]

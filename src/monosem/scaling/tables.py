@@ -50,6 +50,8 @@ class Point(NamedTuple):
     sparsity_coef: float
     setting: str
     """What else may move the loss: batch_size, AuxK, tied_init and the average on or off, options."""
+    n_tokens: float
+    """What the run was planned for, on which its dead_tokens_threshold and its average depend."""
     tokens: float
     distinct_tokens: float
     epochs: float
@@ -219,6 +221,7 @@ def _point(path: Path, line: int, row: dict[str, str]) -> Point:
         lr=number("lr"),
         sparsity_coef=number("sparsity_coef", 0.0),
         setting=f"batch {row['batch_size']}, {auxk}, {tied}, {ema}{options}",
+        n_tokens=number("n_tokens"),
         tokens=number("tokens"),
         distinct_tokens=number("distinct_tokens", nan),
         epochs=number("epochs", nan),
@@ -297,11 +300,15 @@ def fixed_tokens(points: list[Point], tokens: int | None) -> int:
 
 
 def at_tokens(points: list[Point], tokens: int) -> tuple[list[Point], list[Excluded]]:
-    """Of each run the point at `tokens`, and the runs that have none."""
-    chosen = token_groups(points)[tokens]
-    have = {p.run for p in chosen}
-    rest = sorted({p.run for p in points} - have)
-    return list({p.run: p for p in chosen}.values()), [Excluded(r, f"not evaluated at {tokens:,} tokens") for r in rest]
+    """Of each run the point at `tokens`; and the runs that have none, or were planned for other n_tokens than most."""
+    at = {p.run: p for p in token_groups(points)[tokens]}
+    planned = min(Counter(p.n_tokens for p in at.values()).items(), key=lambda item: (-item[1], item[0]))[0]
+    rest = sorted({p.run for p in points} - set(at))
+    excluded = [Excluded(r, f"not evaluated at {tokens:,} tokens") for r in rest]
+    for p in at.values():
+        if p.n_tokens != planned:
+            excluded.append(Excluded(p.run, f"planned for {p.n_tokens:,.0f} tokens, most for {planned:,.0f}"))
+    return [p for p in at.values() if p.n_tokens == planned], excluded
 
 
 def best_lr(points: list[Point]) -> tuple[list[Point], list[Excluded]]:

@@ -28,7 +28,7 @@ from monosem.logs import LiveTable
 from monosem.stream import ActivationStream, StoreSource
 from monosem.sweeps import grid, memory, table
 from monosem.training import Diverged, Run, Supply, identity, is_finished, stop_on_interrupt
-from monosem.types import resolve_device
+from monosem.types import free_memory, resolve_device
 
 log = logging.getLogger("monosem")
 
@@ -166,7 +166,7 @@ class _Sweep:
             element_bytes = 2 if store.manifest["dtype"] == "bfloat16" else 4
             n_held_out = min(self.config.eval_tokens + store.block_rows, store.n_rows("held_out"))
             shared = memory.stream_bytes(StoreSource(store, "train"), batch_size, element_bytes, n_held_out)
-            free = memory.available(device)
+            free = free_memory(device)
             memory.check_disk(self.out, {Path(m.config.out): size for m, size in zip(members, sizes, strict=True)})
             for wave in memory.waves(sizes, shared, free, split=self.config.waves):
                 self.memory.append(f"{len(wave)} runs: {memory.Plan([sizes[i] for i in wave], shared)}")

@@ -6,7 +6,6 @@ steps are taken one after the other, so the largest counts.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,20 +76,6 @@ def stream_bytes(source: Source, batch_size: int, element_bytes: int, n_held_out
     ahead = (PREFETCH_BATCHES + 2 + -(-SELECTION_TOKENS // batch_size)) * batch_size * row
     kept = SAMPLE_TOKENS * row * 3 + n_held_out * source.width * element_bytes  # the sample in float64 at the start
     return {"window": window, "prefetch": ahead, "sample and held-out rows": kept}
-
-
-def available(device: torch.device) -> int:
-    """Free bytes: of the GPU, or of this machine and of the control group that this process is in."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    info = Path("/proc/meminfo")
-    if info.exists():
-        (free,) = (int(line.split()[1]) << 10 for line in info.read_text().splitlines() if "MemAvailable" in line)
-    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
-    if limit.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
 
 
 def waves(runs: Sequence[RunBytes], shared: dict[str, int], free: int, *, split: bool) -> list[list[int]]:

@@ -1,0 +1,245 @@
+"""The parts of an explanation, one after the other; each is kept when it is done, and what is there is not done again.
+
+The manifest is written after each part, so a killed `explain` goes on with the next one. What a part depends on is its
+`of`; parts of another `of` leave the manifest before anything is written over them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from monosem import artifacts
+from monosem.activations import ActivationStore
+from monosem.config import ExplainConfig
+from monosem.explained import ExplainStore
+from monosem.explanations import collect, effects, rules, words
+from monosem.explanations.job import Job, Of
+from monosem.explanations.lens import lens
+from monosem.explanations.neighbours import by_coactivation, by_decoder
+from monosem.logs import progress
+from monosem.model import Autoencoder
+from monosem.run_folder import autoencoder_folder
+from monosem.types import free_memory, resolve_device
+
+log = logging.getLogger("monosem")
+
+N_TOP, N_RANDOM, BAND_EACH = 20, 10, 5
+N_SAMPLE = 40
+"""Contexts a latent in the uniform sample from which random and quantile examples are chosen."""
+N_NEIGHBOURS = N_VOTES = 10
+COACTIVATION_TOKENS = 65_536
+PROBES = "eval/probes.json"
+
+
+def explain(config: ExplainConfig) -> ExplainStore:
+    """RUN/explain/, made or found complete for this autoencoder, store and config.
+
+    `ValueError` when there is no autoencoder or no store of its site, the subject is not the store's, or memory is
+    short.
+    """
+    folder = autoencoder_folder(config.run)  # before the lock, which would make the folder
+    with artifacts.folder_lock(config.run):
+        job = Job(config, folder)
+        wanted: dict[str, Of] = {}
+        for name, part in PARTS.items():
+            wanted[name] = part.of(job, wanted)
+        job.keep_only(wanted)
+        for name, part in PARTS.items():
+            if name in job.computed:
+                log.info("%s: already there; skipped", name)
+                continue
+            started = time.monotonic()
+            job.writer.part = name
+            made = part.make(job, wanted[name])
+            seconds = round(time.monotonic() - started, 1)
+            log.info("%s: %.1f s", name, seconds)
+            job.record(name, {**made, "seconds": seconds, "of": wanted[name]})
+    return ExplainStore(job.folder)
+
+
+class Part(NamedTuple):
+    """One part of an explanation."""
+
+    of: Callable[[Job, dict[str, Of]], Of]
+    """On what its result depends beside the autoencoder and the store, given that of the parts before."""
+    make: Callable[[Job, Of], dict[str, Any]]
+    """Writes its columns; returns `n_latents` that have it now and, where not all do, the `command` for more."""
+
+
+def _weights(job: Job, of: Of) -> dict[str, Any]:
+    """Neighbours by decoder direction, the vocabulary, and votes."""
+    decoder = job.autoencoder.weights.decoder
+    near = by_decoder(decoder.cpu(), N_NEIGHBOURS)
+    job.writer.write("decoder_neighbours", near.latents, "latents with the likest decoder direction, likest first")
+    job.writer.write("decoder_cosines", near.score, "their cosines")
+    artifacts.write_json(job.folder / "vocabulary.json", job.subject.vocabulary())
+    if not job.subject.has_logits:
+        log.info("votes are left out: %s is an encoder and predicts no next token", job.subject.name)
+        return {"n_latents": job.n_latents}
+    votes = lens(job.subject, decoder, N_VOTES)
+    for side, ids, values in (("up", votes.up, votes.up_values), ("down", votes.down, votes.down_values)):
+        job.writer.write(f"lens_{side}", ids, f"tokens whose logits the latent moves {side} most, strongest first")
+        meaning = "logit change for one unit of the decoder direction, less its mean"
+        job.writer.write(f"lens_{side}_values", values, meaning)
+    return {"n_latents": job.n_latents}
+
+
+class _Pass(NamedTuple):
+    """What one pass over the activations leaves."""
+
+    moments: collect.Moments
+    top: collect.Kept
+    sample: collect.Kept
+    pairs: tuple[np.ndarray, np.ndarray]
+    """Active (token, latent) pairs of the first COACTIVATION_TOKENS tokens, sorted by token."""
+
+
+def _activations(job: Job, of: Of) -> dict[str, Any]:
+    """Statistics, examples, and neighbours by activation."""
+    check_memory(job.n_latents, job.store.context_length, free_memory(resolve_device("cpu")))
+    seen = _pass(job.config, job.autoencoder, job.store, job.n_blocks)
+    for name, (column, meaning) in seen.moments.columns().items():
+        job.writer.write(name, column, meaning)
+    examples = {
+        "top": collect.choose(seen.top, collect.top_slots(seen.top, N_TOP)),
+        "random": collect.choose(seen.sample, collect.top_slots(seen.sample, N_RANDOM)),
+        "quantile": collect.choose(seen.sample, collect.quantile_slots(seen.sample, collect.N_BANDS, BAND_EACH)),
+    }
+    _write_examples(job, examples)
+    near = by_coactivation(*seen.pairs, job.n_latents, N_NEIGHBOURS)
+    meaning = "latents active on the same tokens, likest first; -1 for none"
+    job.writer.write("coactivation_neighbours", near.latents, meaning)
+    job.writer.write("coactivation_scores", near.score, "their Jaccard index: tokens with both over tokens with either")
+    return {"n_latents": job.n_latents}
+
+
+def check_memory(n_latents: int, context_length: int, free: int) -> None:
+    """`ValueError` when what the pass holds does not fit in `free` bytes.
+
+    Kept contexts, their columns and the sums: n (60 (18 + 2 ctx) + 50 (6 + 2 ctx) + 200) bytes, 2.0 GiB for 131,072
+    latents and contexts of 64. The autoencoder (8 n d_model) is in memory already.
+    """
+    n_kept, n_chosen = N_TOP + N_SAMPLE, N_TOP + N_RANDOM + collect.N_BANDS * BAND_EACH
+    needed = n_latents * (n_kept * (18 + 2 * context_length) + n_chosen * (6 + 2 * context_length) + 200)
+    if needed > free:
+        raise ValueError(
+            f"the examples of {n_latents:,} latents in contexts of {context_length} tokens take {needed / 2**30:.1f} "
+            f"GiB of memory, but {free / 2**30:.1f} GiB are free; free some, or harvest shorter contexts for them"
+        )
+
+
+def _pass(config: ExplainConfig, autoencoder: Autoencoder, store: ActivationStore, n_blocks: int) -> _Pass:
+    n, ctx = autoencoder.config.n_latents, store.context_length
+    moments, top, sample = collect.Moments(n), collect.Kept(n, N_TOP, ctx), collect.Kept(n, N_SAMPLE, ctx)
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    for block in progress(range(n_blocks), "explain", "tok", total=n_blocks * store.block_rows, each=store.block_rows):
+        x, _ = autoencoder.normalize(store.block("train", block).to(autoencoder.weights.pre_bias.device))
+        found = autoencoder.encode(x)
+        indices, values = found.indices.cpu().numpy(), found.values.cpu().numpy()
+        rows, slots = np.nonzero(values > 0)
+        latents, active = indices[rows, slots], values[rows, slots]
+        contexts, positions = np.divmod(rows, store.rows_per_context)
+        moments.add(latents, active, len(values))
+        first = block * store.config["block_contexts"]
+        groups = collect.groups_of(latents, contexts + first, positions + store.first_position, active)
+        top.offer(groups, groups.peak.astype(np.float64))
+        sample.offer(groups, collect.sample_priority(groups.latent, groups.context, config.seed))
+        if block * store.block_rows < COACTIVATION_TOKENS:
+            pairs.append((rows + block * store.block_rows, latents))
+    return _Pass(moments, top, sample, (np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])))
+
+
+def _write_examples(job: Job, examples: dict[str, dict[str, np.ndarray]]) -> None:
+    """The examples, and the tokens of the contexts that any of them uses, renumbered from 0."""
+    write, contexts = job.writer.write, job.store.contexts("train", job.n_blocks)
+    used = np.unique(np.concatenate([e["context"].ravel() for e in examples.values()]))
+    used = used[used >= 0]
+    for kind, example in examples.items():
+        rows = np.where(example["context"] < 0, -1, np.searchsorted(used, example["context"]))
+        write(f"{kind}_context", rows.astype(np.int32), f"{kind} examples: row of contexts; -1 for none")
+        write(f"{kind}_position", example["position"], "position of the context's largest activation")
+        write(f"{kind}_activations", example["activations"], "activation on every token of the context")
+    write("contexts", contexts.tokens.numpy()[used], "token ids of the contexts that examples use")
+    write("contexts_document", contexts.documents.numpy()[used], "document of each token, as in the store")
+    write("contexts_position", contexts.positions.numpy()[used], "number of each token in its document; -1 after it")
+
+
+def _rules(job: Job, of: Of) -> dict[str, Any]:
+    """N2G rules of the first latents drawn, and how well they predict held-out text."""
+    drawn, n_firing = _drawn(job, of["n"], "rules")
+    rules.make(job, of, drawn)
+    return {"n_latents": len(drawn), **_more(len(drawn) < n_firing, "--n2g all")}
+
+
+def _effects(job: Job, of: Of) -> dict[str, Any]:
+    """What ablating the first latents drawn does to the predictions in their strongest examples."""
+    drawn, n_firing = _drawn(job, of["n"], "ablations")
+    effects.make(job, of, drawn)
+    return {"n_latents": len(drawn), **_more(len(drawn) < n_firing, "--ablations all")}
+
+
+def _drawn(job: Job, n: int, what: str) -> tuple[list[int], int]:
+    """The first `n` latents of a random order of those that fire, so that more include fewer; and how many fire."""
+    fires = np.flatnonzero(job.column("top_context")[:, 0] >= 0)
+    if n and not job.reading_subject.has_logits:
+        log.info("%s are left out: %s is an encoder and predicts no next token", what, job.reading_subject.name)
+        return [], 0
+    return np.random.default_rng(job.config.seed).permutation(fires)[:n].tolist(), len(fires)
+
+
+def _more(wanted: bool, flags: str) -> dict[str, str]:
+    return {"command": f"monosem explain RUN {flags}"} if wanted else {}
+
+
+def _probes(job: Job, of: Of) -> dict[str, Any]:
+    """The latents that the evaluation's probes chose: of each its least loss over tasks and poolings."""
+    if of["eval"] is None:
+        return {"n_latents": 0, "command": "monosem eval RUN --suite quick && monosem explain RUN"}
+    rows = artifacts.read_json(Path(job.config.run) / PROBES)["tables"]["tasks"]
+    names = sorted({row["task"] for row in rows})
+    best, task = np.full(job.n_latents, np.nan, np.float32), np.full(job.n_latents, -1, np.int16)
+    for row in sorted(rows, key=lambda row: -row["probe_loss"]):
+        best[row["latent"]], task[row["latent"]] = row["probe_loss"], names.index(row["task"])
+    job.writer.write("probe_best", best, "least probe loss over tasks, nats a text; NaN where no task chose the latent")
+    job.writer.write("probe_task", task, "its task, a row of probe_tasks in the manifest; -1 for none")
+    return {"n_latents": int((task >= 0).sum()), "tasks": names}
+
+
+def _of_probes(job: Job) -> Of:
+    """The hash of the evaluation's table of probes, None when there is none of this autoencoder and store."""
+    path = Path(job.config.run) / PROBES
+    there = path.exists() and artifacts.read_json(path).get("sources") == job.sources
+    return {"eval": artifacts.sha256_file(path) if there else None}
+
+
+def _words(job: Job, of: Of) -> dict[str, Any]:
+    kept = rules.read(job.folder / rules.FILE, of["n2g"])
+    found = {latent: [(pattern, value) for pattern, value in row["rule"]] for latent, row in kept.items()}
+    words.write(job.folder, job.n_latents, found)
+    return {"n_latents": job.n_latents}
+
+
+def _of_drawn(job: Job, wanted: dict[str, Of], name: str) -> Of:
+    """The draw asked for, or the larger one that is there."""
+    n, there = getattr(job.config, name), job.computed.get(name, {}).get("of", {})
+    of = {"activations": wanted["activations"], "n": job.n_latents if n == "all" else min(n, job.n_latents)}
+    return there if there.get("activations") == of["activations"] and there["n"] >= of["n"] else of
+
+
+PARTS: dict[str, Part] = {
+    "weights": Part(lambda job, wanted: {}, _weights),
+    "activations": Part(
+        lambda job, wanted: {"n_tokens": job.n_blocks * job.store.block_rows, "seed": job.config.seed}, _activations
+    ),
+    "n2g": Part(lambda job, wanted: _of_drawn(job, wanted, "n2g"), _rules),
+    "ablations": Part(lambda job, wanted: _of_drawn(job, wanted, "ablations"), _effects),
+    "probes": Part(lambda job, wanted: _of_probes(job), _probes),
+    "words": Part(lambda job, wanted: {"n2g": wanted["n2g"]}, _words),
+}
+"""In order."""

@@ -1,0 +1,100 @@
+"""An explanation under way: what it is of, what of it is there, and what its parts share."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from monosem import artifacts
+from monosem.config import ExplainConfig, to_dict
+from monosem.explained import KIND
+from monosem.explanations import collect
+from monosem.explanations.store import ColumnWriter
+from monosem.run_folder import check_subject, open_run
+from monosem.subject import Subject
+from monosem.types import resolve_device
+
+_MAY_CHANGE = ("run", "store", "device")
+
+Of = dict[str, Any]
+"""On what the result of a part depends, beside the autoencoder and the store."""
+
+
+class Job:
+    """One autoencoder, its store, and what of its explanation is there; the subject, loaded when first asked for."""
+
+    def __init__(self, config: ExplainConfig, autoencoder: Path) -> None:
+        self.config, self.folder = config, Path(config.run) / "explain"
+        self.device = resolve_device(config.device)
+        _, self.autoencoder, self.store = open_run(config.run, config.store, self.device)
+        self.sources = {"autoencoder": artifacts.sha256_file(autoencoder / "config.json"), "store": self.store.hash}
+        self.writer = ColumnWriter(self.folder)
+        self.computed: dict[str, dict[str, Any]] = {}
+        path = self.folder / "manifest.json"
+        found = artifacts.read_manifest(path, KIND) if path.exists() else {}
+        if found.get("sources") == self.sources:
+            self.computed, self.writer.columns = found.get("computed", {}), found["columns"]
+
+    @property
+    def n_latents(self) -> int:
+        return self.autoencoder.config.n_latents
+
+    @cached_property
+    def n_blocks(self) -> int:
+        return min(self.store.n_blocks("train"), -(-self.config.n_tokens // self.store.block_rows))
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The subject in float32: small differences of losses drown in bf16 logits."""
+        return self._subject("float32")
+
+    @cached_property
+    def reading_subject(self) -> Subject:
+        """The subject as it was harvested, to read activations off new texts."""
+        return self._subject(self.store.config["dtype"])
+
+    def _subject(self, dtype: str) -> Subject:
+        site = self.store.site
+        subject = Subject.load(site.model, revision=site.revision, dtype=dtype, device=self.config.device)
+        check_subject(subject, self.store)
+        return subject
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of this explanation that a part before has written, memory-mapped."""
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+    def keep_only(self, wanted: dict[str, Of]) -> None:
+        """Forget the parts that depend on something else than `wanted`, before they are made again."""
+        kept = {name: entry for name, entry in self.computed.items() if entry["of"] == wanted.get(name)}
+        if kept != self.computed or not kept:
+            self.computed = kept
+            self.writer.columns = {name: c for name, c in self.writer.columns.items() if c.get("part") in kept}
+            (self.folder / "manifest.json").unlink(missing_ok=True)
+            if kept:
+                self._write()
+
+    def record(self, part: str, made: dict[str, Any]) -> None:
+        self.computed[part] = made
+        self._write()
+
+    def _write(self) -> None:
+        store = self.store
+        settings = {name: value for name, value in to_dict(self.config).items() if name not in _MAY_CHANGE}
+        facts = {
+            "subject": store.manifest["subject"],
+            "site": dataclasses.asdict(store.site),
+            **dataclasses.asdict(self.autoencoder.config),
+            "n_tokens": self.n_blocks * store.block_rows,
+            "n_contexts": self.n_blocks * store.config["block_contexts"],
+            "context_length": store.context_length,
+            "first_position": store.first_position,
+            "n_quantile_bands": collect.N_BANDS,
+            "probe_tasks": self.computed.get("probes", {}).get("tasks", []),
+            "computed": self.computed,
+            "columns": self.writer.columns,
+        }
+        artifacts.write_json(self.folder / "manifest.json", artifacts.manifest(KIND, settings, self.sources, **facts))

@@ -1,0 +1,298 @@
+"""One latent: how it fires, where, what its rule says, what it votes for and does, what is near it."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any, NamedTuple
+
+import numpy as np
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from monosem.viewer import search, text, web
+from monosem.viewer.reading import COLUMNS, FIRED_THRESHOLD, Run
+from monosem.viewer.web import API, Endpoint, Site
+
+KINDS = ("top", "random", "quantile")
+ANY, START = -1, -2
+"""As in `n2g`, which is a layer that imports torch: a step that any token matches, and the start of a text."""
+
+Rule = dict[tuple[int, ...], float]
+
+
+class Around(NamedTuple):
+    """Where a latent stands among those of a query."""
+
+    place: int | None
+    total: int
+    previous: int | None
+    next: int | None
+
+
+def view(run: Run, latent: int) -> dict[str, Any]:
+    """Everything the page shows, as JSON; a part that was not computed is None."""
+    rule = _rule(run.rule(latent))
+    note = run.notes.of(latent)
+    return {
+        "latent": latent,
+        "explanation": run.explanations([latent]).get(latent),
+        "fires_on": run.peak_tokens(np.array([latent]), 20)[0][:8],
+        "statistics": statistics(run, latent),
+        "histogram": histogram(run, latent),
+        "examples": {kind: examples(run, latent, kind, rule) for kind in KINDS},
+        "n_bands": run.explanation.manifest["n_quantile_bands"] if run.explanation is not None else 0,
+        "rule": None if rule is None else _shown(run, rule),
+        "votes": votes(run, latent),
+        "neighbours": {
+            "decoder": _neighbours(run, latent, "decoder_neighbours", "decoder_cosines"),
+            "coactivation": _neighbours(run, latent, "coactivation_neighbours", "coactivation_scores"),
+        },
+        "ablations": ablations(run, latent),
+        "note": note._asdict(),
+    }
+
+
+def statistics(run: Run, latent: int) -> list[dict[str, Any]]:
+    """Every number of COLUMNS with its meaning; of one that was not computed the command that computes it."""
+    found = []
+    for name, about in COLUMNS.items():
+        column = run.column(name)
+        value = None if column is None else _finite(column[latent])
+        silent = value is None and name in ("mean", "mean_square", "skew", "kurtosis") and column is not None
+        found.append(
+            {"name": name, "label": about.label, "meaning": about.meaning, "value": value, "undefined": silent,
+             "command": None if value is not None or silent else run.command(about.part)}
+        )  # fmt: skip
+    task = run.column("probe_task")
+    tasks = run.explanation.manifest.get("probe_tasks", []) if run.explanation is not None else []
+    if task is not None and 0 <= int(task[latent]) < len(tasks):
+        next(s for s in found if s["name"] == "probe_best")["task"] = tasks[int(task[latent])]
+    return found
+
+
+def histogram(run: Run, latent: int) -> dict[str, Any] | None:
+    """Tokens by activation, without the empty bins at both ends; None when it was not computed."""
+    counts, edges = run.column("histogram"), run.column("histogram_edges")
+    if counts is None or edges is None:
+        return None
+    own, ends = counts[latent], np.append(edges, np.inf)
+    filled = np.flatnonzero(own)
+    if not len(filled):
+        return {"edges": [], "n_tokens": []}
+    low, high = filled[0], filled[-1] + 1
+    shown = [float(f"{edge:.4g}") if math.isfinite(edge) else None for edge in ends[low : high + 1]]
+    return {"edges": shown, "n_tokens": own[low:high].tolist()}
+
+
+def examples(run: Run, latent: int, kind: str, rule: Rule | None) -> list[dict[str, Any]] | None:
+    """The latent's examples of a kind: tokens, activations, where the peak is, what the rule says of each token.
+
+    `mark` is by token: hit (fires and predicted), miss, false (predicted only) or nothing; None without a rule.
+    """
+    columns = [run.column(name) for name in (f"{kind}_context", f"{kind}_position", f"{kind}_activations", "contexts")]
+    if any(column is None for column in columns) or run.explanation is None:
+        return None
+    context, position, activations, contexts = (np.asarray(c) for c in columns)
+    first = run.explanation.manifest["first_position"]
+    documents, places = run.column("contexts_document"), run.column("contexts_position")
+    each = len(context[latent]) // max(1, run.explanation.manifest["n_quantile_bands"])
+    found = []
+    for slot in np.flatnonzero(context[latent] >= 0).tolist():
+        row, values = int(context[latent, slot]), activations[latent, slot].astype(np.float64)
+        ids = contexts[row].tolist()
+        at = int(position[latent, slot])
+        found.append(
+            {
+                "slot": slot,
+                "band": slot // each if kind == "quantile" else None,
+                "tokens": [text.visible(run.token(t)) for t in ids],
+                "activations": [float(f"{v:.4g}") for v in values],
+                "position": at,
+                "peak": float(f"{values[at]:.4g}"),
+                "document": None if documents is None else int(documents[row, at]),
+                "document_position": None if places is None else int(places[row, at]),
+                "marks": None if rule is None else _marks(predict(rule, ids), values, first),
+            }
+        )
+    return found
+
+
+def predict(rule: Rule, tokens: list[int]) -> list[float]:
+    """The activation that the rule predicts at each token; 0 where no pattern matches. As `n2g.predict`.
+
+    Of the patterns that match, the longest decides; of equally long ones the one that, going back from the token,
+    first has a token where the other has ANY.
+    """
+    by_length = sorted(rule, key=lambda pattern: (-len(pattern), [step == ANY for step in pattern]))
+
+    def matches(pattern: tuple[int, ...], at: int) -> bool:
+        if pattern[-1] == START:
+            return len(pattern) - 1 == at + 1 and matches(pattern[:-1], at) if len(pattern) > 1 else at < 0
+        return len(pattern) <= at + 1 and all(step in (ANY, tokens[at - back]) for back, step in enumerate(pattern))
+
+    return [next((rule[p] for p in by_length if matches(p, at)), 0.0) for at in range(len(tokens))]
+
+
+def votes(run: Run, latent: int) -> dict[str, list[dict[str, Any]]] | None:
+    """Tokens whose logits the latent's direction raises and lowers most; None when not computed."""
+    if run.column("lens_up") is None:
+        return None
+    return {side: _tokens(run, f"lens_{side}", f"lens_{side}_values", latent) for side in ("up", "down")}
+
+
+def ablations(run: Run, latent: int) -> list[dict[str, Any]] | None:
+    """What taking the latent out changes, an entry an ablated top example; None where that was not computed."""
+    chosen = run.column("ablation_latents")
+    here = [] if chosen is None else np.flatnonzero(chosen == latent).tolist()
+    if not here:
+        return None
+    top, row = examples(run, latent, "top", None) or [], here[0]
+    slots = {example["slot"]: example for example in top}
+    which, kl, delta = (np.asarray(run.column(f"ablation_{name}")) for name in ("examples", "kl", "delta_ce"))
+    found = []
+    for x, slot in enumerate(which[row].tolist()):
+        if slot not in slots:
+            continue
+        effect = {"kl": [_finite(v) for v in kl[row, x]], "delta_ce": [_finite(v) for v in delta[row, x]]}
+        sides = {s: _tokens(run, f"ablation_{s}", f"ablation_{s}_values", (row, x)) for s in ("up", "down")}
+        found.append({**slots[slot], **effect, **sides})
+    return found
+
+
+def around(run: Run, latent: int, query: search.Query) -> Around:
+    """The latent's neighbours in the order of the query."""
+    if query.is_all:
+        return Around(
+            latent, run.n_latents, latent - 1 if latent else None, latent + 1 if latent + 1 < run.n_latents else None
+        )
+    found = search.select(run, query)
+    at = np.flatnonzero(found == latent)
+    if not len(at):
+        return Around(None, len(found), None, int(found[0]) if len(found) else None)
+    place = int(at[0])
+    following = int(found[place + 1]) if place + 1 < len(found) else None
+    return Around(place, len(found), int(found[place - 1]) if place else None, following)
+
+
+def _rule(stored: Any) -> Rule | None:
+    return None if stored is None else {tuple(pattern): float(value) for pattern, value in stored}
+
+
+def _shown(run: Run, rule: Rule) -> list[dict[str, Any]]:
+    """The patterns, strongest first, in reading order; the last step is the token that fires."""
+
+    def step(token: int) -> str:
+        return {ANY: "any", START: "start"}.get(token) or text.token(run.token(token))
+
+    strongest = sorted(rule.items(), key=lambda item: -item[1])
+    return [
+        {"steps": [{"text": step(t), "special": t < 0} for t in pattern[::-1]], "activation": value}
+        for pattern, value in strongest
+    ]
+
+
+def _marks(predicted: list[float], values: np.ndarray, first: int) -> list[str]:
+    names = {(True, True): "hit", (True, False): "miss", (False, True): "false", (False, False): ""}
+    fires = (values > FIRED_THRESHOLD).tolist()
+    return [
+        names[f, p > FIRED_THRESHOLD] if at >= first else ""
+        for at, (f, p) in enumerate(zip(fires, predicted, strict=True))
+    ]
+
+
+def _neighbours(run: Run, latent: int, which: str, scores: str) -> list[dict[str, Any]] | None:
+    latents, score = run.column(which), run.column(scores)
+    if latents is None or score is None:
+        return None
+    own = latents[latent][latents[latent] >= 0]
+    tokens = run.peak_tokens(own, 12)
+    return [
+        {"latent": i, "score": float(f"{s:.4g}"), "fires_on": t[:4]}
+        for i, s, t in zip(own.tolist(), score[latent].tolist(), tokens, strict=False)
+    ]
+
+
+def _tokens(run: Run, ids: str, values: str, at: Any) -> list[dict[str, Any]]:
+    tokens, changes = np.asarray(run.column(ids))[at], np.asarray(run.column(values))[at]
+    return [
+        {"token": text.token(run.token(t)), "value": _finite(v)}
+        for t, v in zip(tokens.tolist(), changes.tolist(), strict=True)
+        if t >= 0
+    ]
+
+
+def _finite(value: Any) -> float | None:
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def _latent(run: Run, request: Request) -> int:
+    latent = request.path_params["latent"]
+    if latent >= run.n_latents:
+        raise HTTPException(404, f"there is no latent {latent}; they are numbered from 0 to {run.n_latents - 1:,}")
+    return latent
+
+
+def _page(site: Site, request: Request) -> Response:
+    run = site.run
+    latent = _latent(run, request)
+    query = search.parse(request.query_params, also=("theme", "show", "text"))
+    show = request.query_params.get("show", "top")
+    if show not in KINDS:
+        raise ValueError(f"show is {show!r}; choose one of {', '.join(KINDS)}")
+    return web.page(
+        site, request, "latent", view=view(run, latent), around=around(run, latent, query), query=query, show=show,
+        full=request.query_params.get("text") == "full",
+    )  # fmt: skip
+
+
+def _random(site: Site, request: Request) -> Response:
+    """A latent that fires, if any does."""
+    density = site.run.column("density")
+    alive = np.flatnonzero(density > 0) if density is not None else np.arange(0)
+    latent = int(random.choice(alive)) if len(alive) else random.randrange(site.run.n_latents)
+    return RedirectResponse(site.links.page("latent", latent=latent), 307, headers={"cache-control": "no-store"})
+
+
+def _write(site: Site, request: Request) -> dict[str, Any]:
+    run = site.run
+    latent = _latent(run, request)
+    if site.read_only:
+        raise HTTPException(403, "these pages are served read-only; notes are not kept")
+    sent = web.body(request)
+    if unknown := sorted(set(sent) - {"text", "starred"}):
+        raise ValueError(f"a note has no {', '.join(unknown)}; it has text and starred")
+    written, starred = sent.get("text"), sent.get("starred")
+    if starred in ("0", "1"):
+        starred = starred == "1"
+    if not isinstance(written, str | None) or not isinstance(starred, bool | None):
+        raise ValueError("a note's text is a string, and starred is true or false")
+    return run.notes.write(latent, text=written, starred=starred)._asdict()
+
+
+def _form(site: Site, request: Request) -> Response:
+    _write(site, request)
+    back = site.links.page("latent", latent=request.path_params["latent"], **request.query_params)
+    return RedirectResponse(back + "#note", 303)
+
+
+def _notes(site: Site, request: Request) -> dict[str, Any]:
+    return {"notes": [{"latent": latent, **note._asdict()} for latent, note in site.run.notes.all().items()]}
+
+
+_STATE = search.PARAMETERS | {"show": f"examples: {', '.join(KINDS)}", "text": "full: whole contexts"}
+_NOTE = {"type": "object", "properties": {"text": {"type": "string"}, "starred": {"type": "boolean"}}}
+
+ENDPOINTS = (
+    Endpoint("/latents/random", _random),
+    Endpoint("/latents/{latent:int}", _page, parameters=_STATE),
+    Endpoint("/latents/{latent:int}", _form, parameters=_STATE, method="POST"),
+    Endpoint(
+        f"{API}/latents/{{latent:int}}",
+        lambda site, request: view(site.run, _latent(site.run, request)),
+        "all about one latent",
+    ),
+    Endpoint(f"{API}/latents/{{latent:int}}/note", _write, "write a note or a star", method="PUT", schema=_NOTE),
+    Endpoint(f"{API}/notes", _notes, "all notes and stars"),
+)

@@ -1,0 +1,164 @@
+"""A run folder as the pages read it: what was trained, its numbers, and the columns of its explanation if there is one.
+
+Everything is read in place and only when it is asked for. What is missing is said together with the command that makes
+it (`Run.command`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from monosem import artifacts
+from monosem.explained import ExplainStore
+from monosem.viewer import text
+from monosem.viewer.notes import Notes, reading
+
+FIRED_THRESHOLD = 1e-3
+"""As `types.FIRED_THRESHOLD`, which is a layer that imports torch."""
+
+
+class Column(NamedTuple):
+    """A number of every latent."""
+
+    label: str
+    meaning: str
+    part: str = "collect"
+    """Of the explanation: which command computes it."""
+
+
+COLUMNS = {
+    "density": Column("density", "share of tokens on which the latent fired"),
+    "max": Column("max", "largest activation seen"),
+    "mean": Column("mean", "mean activation, over the tokens where it is active"),
+    "mean_square": Column("mean square", "mean square of the activation where active"),
+    "skew": Column("skew", "skewness of the activation where active: positive with a tail of strong ones"),
+    "kurtosis": Column("kurtosis", "kurtosis of the activation where active; 3 for a normal distribution"),
+    "n2g_recall": Column("N2G recall", "of the tokens on which it fires, the share its rule predicts", "n2g"),
+    "n2g_precision": Column("N2G precision", "of the tokens the rule predicts, the share on which it fires", "n2g"),
+    "n2g_density": Column("N2G density", "share of tokens at which the rule predicts", "n2g"),
+    "probe_best": Column("probe loss", "lowest loss of a one-latent probe, over the tasks; lower is better", "probes"),
+    "ablation_sparsity": Column(
+        "ablation sparsity", "share of the later logits that it moves when taken out; 1 when all alike", "ablation"
+    ),
+}
+"""What the table can be sorted by, in the order in which it is shown."""
+
+_COMMANDS = {
+    "collect": "monosem explain {run}",
+    "n2g": "monosem explain {run}",
+    "probes": "monosem explain {run}",
+    "ablation": "monosem explain {run}",
+    "words": "monosem explain {run}",
+    "votes": "monosem explain {run}",
+    "metrics": "monosem eval {run}",
+    "scaling": "monosem scale DIR",
+}
+
+
+class Run:
+    """One run, as it was when this was made; `fresh` says whether it still is so."""
+
+    def __init__(self, folder: Path, scaling: Path | None = None) -> None:
+        """`ValueError` when the folder holds no autoencoder or a file in it is not what it should be."""
+        self.folder = folder
+        self.stamp = self._stamp()
+        self.facts = artifacts.read_manifest(self._autoencoder() / "config.json", "autoencoder")
+        self.n_latents: int = self.facts["config"]["n_latents"]
+        self.report = self._manifest("eval.json", "evaluation")
+        self.explanation = ExplainStore(folder / "explain") if (folder / "explain/manifest.json").exists() else None
+        if self.explanation is not None and self.explanation.n_latents != self.n_latents:
+            raise ValueError(f"{folder}/explain is of another autoencoder; delete it and run {self.command('collect')}")
+        self.notes = Notes(folder / "notes.sqlite")
+        self.scaling_folder = scaling if scaling is not None else self.folder.absolute().parent
+        self._orders: dict[tuple[str, bool], np.ndarray] = {}
+        self._columns: dict[str, np.ndarray] = {}
+
+    @property
+    def name(self) -> str:
+        return self.folder.absolute().name
+
+    @property
+    def fresh(self) -> bool:
+        return self.stamp == self._stamp()
+
+    @property
+    def words(self) -> Path:
+        """The database of explanations and of the full-text index, which may not be there."""
+        return self.folder / "explain/words.sqlite"
+
+    def command(self, part: str) -> str:
+        """What to type to compute a part."""
+        return _COMMANDS[part].format(run=shlex.quote(str(self.folder)))
+
+    def column(self, name: str) -> np.ndarray | None:
+        """A column of the explanation, memory-mapped; None when it was not computed."""
+        if self.explanation is None or name not in self.explanation:
+            return None
+        if name not in self._columns:
+            self._columns[name] = self.explanation.column(name)
+        return self._columns[name]
+
+    def scalars(self) -> dict[str, np.ndarray]:
+        """Those of COLUMNS that were computed for any latent."""
+        found = {name: self.column(name) for name in COLUMNS}
+        return {name: column for name, column in found.items() if column is not None}
+
+    def order(self, name: str, descending: bool) -> np.ndarray:
+        """Latents sorted by a column, NaN last."""
+        if (name, descending) not in self._orders:
+            column = np.asarray(self.column(name))
+            self._orders[name, descending] = np.argsort(-column if descending else column, kind="stable").astype("i4")
+        return self._orders[name, descending]
+
+    @functools.cached_property
+    def vocabulary(self) -> list[str]:
+        """Text of each token, by id."""
+        return artifacts.read_json(self.folder / "explain/vocabulary.json") if self.explanation is not None else []
+
+    def token(self, token: int) -> str:
+        """The text of a token; a sign for an id that the vocabulary does not have."""
+        return self.vocabulary[token] if 0 <= token < len(self.vocabulary) else f"⟨{token}⟩"
+
+    def peak_tokens(self, latents: np.ndarray, n: int) -> list[list[str]]:
+        """The tokens on which each latent fires most, one of each of its `n` top examples, none twice."""
+        context, position, contexts = (self.column(c) for c in ("top_context", "top_position", "contexts"))
+        if context is None or position is None or contexts is None:
+            return [[] for _ in latents]
+        rows, at = context[latents, :n], position[latents, :n]
+        ids = np.where(rows >= 0, contexts[np.maximum(rows, 0), at], -1)
+        return [list(dict.fromkeys(text.token(self.token(t)) for t in own if t >= 0)) for own in ids.tolist()]
+
+    def explanations(self, latents: list[int]) -> dict[int, str]:
+        """Explanation in words of those of the latents that have one."""
+        with reading(self.words) as file:
+            if file is None:
+                return {}
+            marks = ",".join("?" * len(latents))
+            rows = file.execute(f"SELECT latent, explanation FROM latents WHERE latent IN ({marks})", latents)
+            return {latent: text.prose(words) for latent, words in rows if words}
+
+    def rule(self, latent: int) -> Any:
+        """The latent's N2G rule, as it is stored; None without one."""
+        with reading(self.words) as file:
+            row = file and file.execute("SELECT n2g_rule FROM latents WHERE latent = ?", (latent,)).fetchone()
+            return json.loads(row[0]) if row and row[0] else None
+
+    def _autoencoder(self) -> Path:
+        for folder in (self.folder / "autoencoder", self.folder):
+            if (folder / "config.json").exists():
+                return folder
+        raise ValueError(f"{self.folder} holds no autoencoder; give the folder of a finished run (monosem run)")
+
+    def _manifest(self, name: str, kind: str) -> dict[str, Any] | None:
+        path = self.folder / name
+        return artifacts.read_manifest(path, kind) if path.exists() else None
+
+    def _stamp(self) -> tuple[int, ...]:
+        files = ("explain/manifest.json", "explain/words.sqlite", "eval.json", "autoencoder/config.json", "config.json")
+        return tuple(p.stat().st_mtime_ns if (p := self.folder / name).exists() else 0 for name in files)
