@@ -142,6 +142,8 @@ def _probe_change(runs: dict[str, Run], *, along: int) -> tuple[str, str]:
         low, middle, high = ks[0], ks[len(ks) // 2], ks[-1]
         pairs = [(f"k {low} → {middle}", by_size[n, low], by_size[n, middle]) for n in full]
         pairs += [(f"k {middle} → {high}", by_size[n, middle], by_size[n, high]) for n in full]
+    if not pairs:
+        return "no runs", _UNKNOWN
     said, verdicts = [], []
     for label in dict.fromkeys(label for label, _, _ in pairs):
         own = [(a, b) for name, a, b in pairs if name == label]
