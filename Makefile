@@ -1,4 +1,4 @@
-# make install | demo | test | bench | clean. Everything lives in .venv; versions come from constraints.txt.
+# make install | demo | demo-full | test | bench | clean. Everything lives in .venv; versions come from constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 # the variables hold the build's own environment to the same versions (which of them is read depends on pip's age)
@@ -7,12 +7,20 @@ PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.t
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt README.md LICENSE \
            $(shell find src native -name __pycache__ -prune -o -print 2>/dev/null)
 
-.PHONY: install demo test bench clean
+.PHONY: install demo demo-full test bench clean
 
 install: .venv/installed
 
 demo: install
 	@$(BIN)/monosem run --out runs/demo
+	@$(BIN)/monosem explain runs/demo
+	@echo "to look at it: $(BIN)/monosem serve runs/demo"
+
+# Every metric of the paper, and rules and effects of more latents: half an hour more, for pages without gaps.
+demo-full: demo
+	@$(BIN)/monosem eval runs/demo --suite quick
+	@$(BIN)/monosem explain runs/demo --n2g 1024 --ablations 256
+	@echo "to look at it: $(BIN)/monosem serve runs/demo"
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -33,7 +41,7 @@ clean:
 
 .venv/installed: $(SOURCES) | $(BIN)/pip
 	@echo "installing monosem into .venv (the first time takes a few minutes)" >&2
-	@$(PIP_INSTALL) .
+	@$(PIP_INSTALL) ".[viewer]"
 	@touch $@
 
 .venv/installed-dev: $(SOURCES) | $(BIN)/pip

@@ -4,6 +4,7 @@
     python experiments/collect.py runs/lab/lr runs/lab/impl         tables only
     python experiments/collect.py --fit runs/lab/joint              tables, laws and figures (extra `lab`)
     python experiments/collect.py --fit --as frontier runs/lab/joint runs/lab/relu      one table of several
+    python experiments/collect.py --fit --as activations --tokens 524288 runs/lab/joint runs/lab/relu runs/lab/variants
 
 Each goes to results/smollm2-135m-instruct-q4_1/lab/NAME/; experiments/tables.py fills the docs' tables from there.
 """
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--as", dest="name")
+    parser.add_argument("--tokens", type=int)
     parser.add_argument("sweeps", nargs="+", type=Path)
     asked = parser.parse_args(arguments)
     tables = {asked.name: asked.sweeps} if asked.name else {sweep.name: [sweep] for sweep in asked.sweeps}
@@ -33,7 +35,7 @@ def main(arguments: list[str]) -> None:
         table = joined([sweep / "runs.csv" for sweep in sweeps])
         artifacts.write_atomic(kept, lambda temporary, table=table: temporary.write_bytes(table))  # type: ignore[misc]
         if asked.fit:
-            print(summary(scale(ScaleConfig(table=str(kept.parent)))))
+            print(summary(scale(ScaleConfig(table=str(kept.parent), tokens=asked.tokens))))
 
 
 def joined(paths: list[Path]) -> bytes:

@@ -212,3 +212,17 @@ def test_probes_says_what_it_extrapolated(monkeypatch: pytest.MonkeyPatch, capsy
     printed = capsys.readouterr().out
     assert "64 latents, 40 texts, 6 tasks" in printed and "0 probes did not converge" in printed
     assert printed.count("(extrapolated from 1 tasks)") == 4
+
+
+def test_the_viewer_answers_all_that_its_benchmark_asks(tmp_path: Path) -> None:
+    from starlette.testclient import TestClient
+
+    from monosem.viewer.server import application
+    from monosem.viewer.web import Site
+
+    viewer = module("viewer")
+    viewer.make_run(tmp_path / "run", 300, n_contexts=50)
+    client = TestClient(application(Site(tmp_path / "run")), "http://127.0.0.1")
+    for pattern in viewer.QUESTIONS.values():
+        for path in viewer.questions(pattern, 300, 3):
+            assert client.get(path).status_code == 200, path

@@ -248,9 +248,11 @@ def test_words_can_be_searched(found: ExplainStore) -> None:
 
 def test_words_of_a_rule_and_of_tokens() -> None:
     vocabulary = [" a", " b", "\n", " c"]
-    assert words.explanation([([0], 1.0), ([3, -1, 1, -2], 2.0)], vocabulary) == "“^ b … c” or “ a”"
-    assert words.explanation([([2], 1.0)] * 6, vocabulary).endswith("or 2 more")
-    assert words.explanation([([0] * 9, 1.0)], vocabulary) == "“… " + " a" * 8 + "”"
+    assert words.explanation([([0], 1.0), ([3, -1, 1, -2], 2.0)], vocabulary) == "“^ b … c” or “a”"
+    assert words.explanation([([0, *[1] * i], 1.0) for i in range(6)], vocabulary).endswith("or 2 more")
+    assert words.explanation([([0] * 9, 1.0)], vocabulary) == "“… " + " a".join([""] * 9).strip() + "”"
+    assert words.explanation([([0, -1, -1], 2.0), ([0, -1], 1.0), ([-1, -1], 0.5)], vocabulary) == "“a” or “…”"
+    assert words.explanation([([3, -1, -1, 1], 2.0)], vocabulary) == "“b … c”"
     assert words.top_tokens([3, 1, 1, 2], vocabulary) == "b c ↵"
 
 

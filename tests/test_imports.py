@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sweeps", "explanations"),
     ("main_job",),
     ("viewer",),
+    ("export",),
     ("cli",),
     ("__main__",),
 )

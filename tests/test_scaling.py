@@ -338,12 +338,11 @@ def test_the_gap_between_relu_and_topk_is_read_between_runs_that_bracket_an_l0(t
     table = rows(doublings=0)
     for i, n in enumerate(SIZES):
         table += relu_rows(n, 0.05 + 0.04 * i)
-        nmse = runs_table.planted_joint(n, 30, TOKENS) * math.exp(0.05 + 0.04 * i)  # the price of L0 23, at another lr
-        options = {"activation": "relu", "l0": 30.0, "auxk": 0, "sparsity_coef": 1 / 23}
-        table.append(row(f"relu-{n}-23-slow", n, 32, TOKENS, nmse, lr=1e-4, **options))
+        for l0 in (30.0, 60.0):  # better than the price's other runs in NMSE, not at their L0
+            nmse = 1.05 * runs_table.planted_joint(n, l0, TOKENS) * math.exp(0.05 + 0.04 * i)
+            options = {"activation": "relu", "l0": l0, "auxk": 0, "sparsity_coef": 1 / 23}
+            table.append(row(f"relu-{n}-{l0:g}-slow", n, 32, TOKENS, nmse, lr=1e-4, **options))
     found = scaled(write(tmp_path, table))["sparsity"]
-    for curve in found["curves"]["relu"].values():
-        assert [p["l0"] for p in curve] == [11, 23, 30, 47, 95], "the lower NMSE at 30 does not beat 23"
     gaps = {(g["n_latents"], g["l0"]): g["gap"] for g in found["gaps"]}
     assert {l0 for _, l0 in gaps} == {16, 32, 64}, "8 and 128 are not bracketed"
     for i, n in enumerate(SIZES):
@@ -352,7 +351,7 @@ def test_the_gap_between_relu_and_topk_is_read_between_runs_that_bracket_an_l0(t
     growth = found["topk_relu_gap"]
     assert growth["verdict"] == "holds" and growth["n_sizes"] == len(SIZES)
     assert growth["coefficients"]["p"]["value"] == pytest.approx(0.04 / math.log(2), abs=0.01)
-    assert len([e for e in found["excluded"] if e["run"].endswith("-bad")]) == 4 * len(SIZES)
+    assert all(len(curve) == 10 for curve in found["curves"]["relu"].values()), "every lr is shown"
 
 
 # costs

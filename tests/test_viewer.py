@@ -344,6 +344,17 @@ def test_plotly_is_served_from_the_installed_package(client: TestClient) -> None
     assert web.plotly_file() is not None
 
 
+def test_many_matches_come_by_number_and_few_by_rank(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_words(folder, {latent: "story " * (1 + latent % 3) for latent in range(12)})
+    run = Run(folder)
+    found = search.matching(run, "sto")
+    assert found.order == "best match first" and sorted(found.latents.tolist()) == list(range(12))
+    assert found.latents.tolist() != list(range(12))
+    monkeypatch.setattr(search, "MOST_RANKED", 5)
+    assert search.matching(run, "sto").latents.tolist() == list(range(12))
+    assert search.matching(run, "st").latents.tolist() == []
+
+
 def tags(page: str) -> list[tuple[str, tuple[str, ...]]]:
     """Name and attributes' names of every element of a page."""
     found: list[tuple[str, tuple[str, ...]]] = []

@@ -54,7 +54,7 @@ def write_words(folder: Path, explanations: dict[int, str]) -> None:
     position, context, contexts = (
         np.load(folder / f"explain/{name}.npy") for name in ("top_position", "top_context", "contexts")
     )
-    (folder / "explain/words.sqlite").unlink()
+    (folder / "explain/words.sqlite").unlink(missing_ok=True)
     file = sqlite3.connect(folder / "explain/words.sqlite")
     with file:
         file.execute(
@@ -71,3 +71,23 @@ def write_words(folder: Path, explanations: dict[int, str]) -> None:
                 (latent, words, f"token{peak}", "once upon a time"),
             )
     file.close()
+
+
+def write_ablations(folder: Path, latents: list[int]) -> None:
+    """The columns of ablations as the explanation has them: two examples of each of the latents, effects made up."""
+    path = folder / "explain/manifest.json"
+    manifest = json.loads(path.read_text("utf-8"))
+    a, x, context = len(latents), 2, manifest["context_length"]
+    kl = np.full((a, x, context), np.nan, np.float32)
+    kl[:, :, 8:] = np.linspace(0.01, 1, context - 8)
+    tokens = np.tile(np.arange(10, dtype=np.int32), (a, x, 1))
+    columns = {
+        "ablation_latents": np.array(latents, np.int32),
+        "ablation_examples": np.tile(np.arange(2, dtype=np.int32), (a, 1)),
+        "ablation_kl": kl, "ablation_delta_ce": -kl, "ablation_up": tokens, "ablation_down": tokens + 10,
+        "ablation_up_values": tokens / np.float32(10), "ablation_down_values": tokens / np.float32(-10),
+    }  # fmt: skip
+    for name, array in columns.items():
+        np.save(folder / f"explain/{name}.npy", array)
+        manifest["columns"][name] = {"dtype": str(array.dtype), "shape": list(array.shape), "meaning": name}
+    path.write_text(json.dumps(manifest), "utf-8")

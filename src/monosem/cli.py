@@ -33,10 +33,11 @@ _STAGES: dict[str, type] = {
     "eval": config.EvalConfig,
     "explain": config.ExplainConfig,
     "serve": config.ServeConfig,
+    "export": config.ExportConfig,
     "scale": config.ScaleConfig,
     "plan": config.PlanConfig,
 }
-_POSITIONAL = {"eval": "run", "explain": "run", "serve": "run", "scale": "table"}
+_POSITIONAL = {"eval": "run", "explain": "run", "serve": "run", "export": "run", "scale": "table"}
 _WITH_JSON = ("eval", "run", "scale", "plan")
 
 _USAGE = f"""monosem {__version__}: sparse autoencoders of a language model's activations, trained and measured.
@@ -49,8 +50,9 @@ usage: monosem COMMAND [--config FILE.json] [flags]
   sweep     activations -> many autoencoders, on one stream
   eval RUN  autoencoder -> numbers on held-out text        (--json: one JSON object on stdout)
             several RUNs, --report PAGE.html: a page to read, and its table as PAGE.md
-  explain RUN  what each latent fires on, votes for and is near to, as columns in RUN/explain
-  serve RUN    all of it on pages in the browser, on this machine only
+  explain RUN  what each latent fires on, votes for, is near to and changes; rules of some (--n2g N)
+  serve RUN    all of it on pages in the browser, on this machine only   (serve RUN OTHER ...: to compare with)
+  export RUN [SITE]  the same pages as files, which open without a server; --parquet FILE, --sae-viewer FOLDER
   scale DIR table of runs -> scaling laws and figures      (--json)
   plan      a budget or a goal -> n, k, tokens, hours, bytes by those laws, and a prediction to check   (--json)
 
@@ -132,7 +134,9 @@ def _stage(name: str, argv: list[str]) -> int:
     if name in _POSITIONAL and rest and not rest[0].startswith("-"):
         given = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
         more, rest = given[1:], [f"--{_POSITIONAL[name]}", given[0], *rest[len(given) :]]
-        if more and name != "eval":
+        if name == "export" and len(more) == 1:
+            rest, more = ["--out", *more, *rest], []
+        if more and name not in ("eval", "serve"):
             raise ValueError(f"`monosem {name}` takes one {_POSITIONAL[name]}, not {', '.join(given)}")
     stage = _parse(name, _STAGES[name], ours.config, rest)
     if name == "harvest":
@@ -159,7 +163,9 @@ def _stage(name: str, argv: list[str]) -> int:
         charts.library("uvicorn", "viewer")
         from monosem.viewer.server import serve
 
-        serve(stage)
+        serve(dataclasses.replace(stage, others=(*stage.others, *more)))
+    elif name == "export":
+        _export(stage)
     elif name == "scale":
         from monosem.scaling import scale, summary
 
@@ -195,6 +201,29 @@ def _eval(stages: list[config.EvalConfig], report: str | None, *, as_json: bool)
         print(f"report of {', '.join(labels)}: {report} (its table: {Path(report).with_suffix('.md')})")
     else:
         print("\n\n".join(map(table, found.values())))
+
+
+def _export(stage: config.ExportConfig) -> None:
+    from monosem import export
+    from monosem.explained import ExplainStore
+
+    store = ExplainStore(Path(stage.run) / "explain")
+    if stage.parquet is not None:
+        from monosem.export import table
+
+        print(f"{table.write(store, stage.parquet):,} latents in {stage.parquet}")
+    if stage.sae_viewer is not None:
+        from monosem.export import sae_viewer
+
+        latents = export.chosen(store, stage.latents)
+        print(f"{sae_viewer.write(store, stage.sae_viewer, latents):,} latents in {stage.sae_viewer}/atoms")
+    if stage.out is not None:
+        charts.library("starlette", "viewer")
+        from monosem.export import site
+
+        latents = export.chosen(store, stage.latents)
+        n_files = site.write(stage.run, stage.out, latents)
+        print(f"{len(latents):,} latents, {n_files:,} files: open {stage.out}/index.html, or serve the folder")
 
 
 def _run(stage: config.RunConfig, *, as_json: bool) -> None:

@@ -352,6 +352,8 @@ class ServeConfig:
 
     run: str
     """Run folder (with autoencoder/ in it) or the folder of a released autoencoder."""
+    others: tuple[str, ...] = ()
+    """Runs to compare it with, beside those in the same folder."""
     port: int = 8765
     """Port on 127.0.0.1; 0 takes a free one."""
     scaling: str | None = None
@@ -362,6 +364,31 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ValueError(f"port is {self.port}; give a whole number from 0 to 65535")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """An explained run -> files for other places and programs (`monosem export`)."""
+
+    run: str
+    """Run folder with explain/ in it."""
+    out: str | None = None
+    """Folder of pages, which any static file server serves and which open without one."""
+    parquet: str | None = None
+    """File with a row a latent: all numbers, explanation, top tokens."""
+    sae_viewer: str | None = None
+    """Folder of the JSON that OpenAI's sae-viewer reads."""
+    latents: str = "rules"
+    """Of out and sae_viewer: rules (those that have one, or all where none has), all, a number N (the first N: those
+    with rules, then by number), or a list 3,17,256."""
+
+    def __post_init__(self) -> None:
+        if self.out is None and self.parquet is None and self.sae_viewer is None:
+            raise ValueError("nothing to write; give a folder for pages, --parquet FILE or --sae-viewer FOLDER")
+        if self.latents not in ("rules", "all") and not all(part.strip().isdigit() for part in self.latents.split(",")):
+            raise ValueError(f"latents is {self.latents!r}; give rules, all, a number, or a list such as 3,17,256")
+        if self.latents != "rules" and self.out is None and self.sae_viewer is None:
+            raise ValueError("latents has no effect on parquet, which has them all; leave it out")
 
 
 @dataclass(frozen=True)

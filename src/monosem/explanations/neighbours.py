@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -44,20 +45,35 @@ def by_coactivation(
     index, score = np.full((n_latents, n), -1, np.int32), np.zeros((n_latents, n), np.float32)
     n_active = np.bincount(latents, minlength=n_latents)
     bounds = np.searchsorted(tokens, np.arange(int(tokens.max(initial=-1)) + 2))
+    begin, lengths = bounds[tokens], np.diff(bounds)[tokens]
     order = np.argsort(latents, kind="stable")
     starts = np.searchsorted(latents[order], np.arange(n_latents + 1))
-    each = max(1, _CHUNK_ELEMENTS // n_latents)
-    for low in range(0, n_latents, each):
-        high = min(low + each, n_latents)
+    met = np.concatenate([[0], np.cumsum(lengths[order])])[starts]  # (latent, partner) meetings before each latent
+    for low, high in _ranges(met):
         mine = order[starts[low] : starts[high]]
-        begin, lengths = bounds[tokens[mine]], np.diff(bounds)[tokens[mine]]
-        partner = np.repeat(begin - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
-        cells = np.repeat(latents[mine].astype(np.int64) - low, lengths) * n_latents + latents[partner]
-        both = np.bincount(cells, minlength=(high - low) * n_latents).reshape(high - low, n_latents)
-        both[np.arange(high - low), np.arange(low, high)] = 0
-        jaccard = both / np.maximum(n_active[low:high, None] + n_active[None, :] - both, 1)
-        jaccard[both < min_count] = 0
-        best = np.argsort(-jaccard, axis=1, kind="stable")[:, :n]
-        score[low:high] = np.take_along_axis(jaccard, best, axis=1)
-        index[low:high] = np.where(score[low:high] > 0, best, -1)
+        own = np.repeat(latents[mine].astype(np.int64), lengths[mine])
+        partner = latents[np.repeat(begin[mine] - _before(lengths[mine]), lengths[mine]) + np.arange(len(own))]
+        cells, both = np.unique(own * n_latents + partner, return_counts=True)
+        own, partner = np.divmod(cells, n_latents)
+        kept = (both >= min_count) & (own != partner)
+        own, partner, both = own[kept], partner[kept], both[kept]
+        jaccard = both / (n_active[own] + n_active[partner] - both)
+        best = np.lexsort((-jaccard, own))
+        own, partner, jaccard = own[best], partner[best], jaccard[best]
+        rank = np.arange(len(own)) - np.searchsorted(own, own)
+        first = rank < n
+        index[own[first], rank[first]], score[own[first], rank[first]] = partner[first], jaccard[first]
     return Neighbours(index, score)
+
+
+def _ranges(met: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Latents from, to: as many at a time as have _CHUNK_ELEMENTS meetings together, or one."""
+    low = 0
+    while low < len(met) - 1:
+        high = max(low + 1, int(np.searchsorted(met, met[low] + _CHUNK_ELEMENTS, side="right")) - 1)
+        yield low, high
+        low = high
+
+
+def _before(lengths: np.ndarray) -> np.ndarray:
+    return np.cumsum(lengths) - lengths

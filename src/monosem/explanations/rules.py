@@ -25,7 +25,7 @@ from monosem.logs import progress
 from monosem.types import FIRED_THRESHOLD
 
 FILE = "n2g.jsonl"
-N_EXAMPLES = 8
+N_EXAMPLES = 5
 """Of the strongest, and as many of the random ones, from which a rule is made."""
 _LATENTS_AT_ONCE = 32
 _COLUMNS = {
@@ -76,7 +76,8 @@ def read(path: Path, of: Of) -> dict[int, dict[str, Any]]:
 
 
 def _header(of: Of) -> str:
-    return json.dumps({"kind": "n2g-rules", "format": artifacts.FORMAT_VERSION, "of": of["activations"]})
+    made = {"kind": "n2g-rules", "format": artifacts.FORMAT_VERSION, "n_examples": N_EXAMPLES}
+    return json.dumps({**made, "of": of["activations"]})
 
 
 def _start(path: Path, of: Of, kept: dict[int, dict[str, Any]]) -> None:

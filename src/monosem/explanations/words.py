@@ -89,20 +89,28 @@ def top_tokens(tokens: Sequence[int], vocabulary: Sequence[str]) -> str:
 
 
 def explanation(rule: Rule, vocabulary: Sequence[str]) -> str:
-    """The strongest patterns in reading order: “ of the” or “in … of”; ^ is the start of a text, … any token."""
+    """The strongest patterns in reading order: “of the” or “in … of”; ^ is the start of a text, … any tokens.
+
+    Any tokens at the front say nothing and are left out, so that patterns may read alike; each is said once.
+    """
     strongest = sorted(rule, key=lambda pair: -pair[1])
-    shown = [f"“{_pattern(pattern, vocabulary)}”" for pattern, _ in strongest]
+    shown = list(dict.fromkeys(f"“{_pattern(pattern, vocabulary)}”" for pattern, _ in strongest))
     more = f" or {len(shown) - N_PATTERNS} more" if len(shown) > N_PATTERNS else ""
     return " or ".join(shown[:N_PATTERNS]) + more
 
 
 def _pattern(pattern: Sequence[int], vocabulary: Sequence[str]) -> str:
+    steps = [_step(step, vocabulary) for step in pattern[:N_STEPS][::-1]]
     cut = "… " if len(pattern) > N_STEPS else ""
-    return cut + "".join(_step(step, vocabulary) for step in pattern[:N_STEPS][::-1])
+    steps = [step for i, step in enumerate(steps) if step != _ANY_SHOWN or (i and steps[i - 1] != _ANY_SHOWN)]
+    return cut + ("".join(steps).strip() or "…")
+
+
+_ANY_SHOWN = " …"
 
 
 def _step(step: int, vocabulary: Sequence[str]) -> str:
-    return {ANY: " …", START: "^"}.get(step) or _shown(vocabulary[step])
+    return {ANY: _ANY_SHOWN, START: "^"}.get(step) or _shown(vocabulary[step])
 
 
 def _shown(token: str) -> str:

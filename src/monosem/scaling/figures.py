@@ -129,15 +129,20 @@ def _residuals(entry: dict[str, Any], fitted: list[dict[str, Any]]) -> Picture:
 
 
 def _l0(sparsity: dict[str, Any]) -> Picture:
-    series, colour = [], 0
-    for activation, by_n in sparsity["curves"].items():
-        for n, points in by_n.items():
-            x, y = [p["l0"] for p in points], [p["normalized_mse"] for p in points]
-            series.append(Series(f"{activation}, n = {int(n):,}", x, y, "curve", colour))
-            colour += 1
+    """A line an activation function, n and lr, where functions other than TopK have that n (all of TopK's, if none)."""
+    curves: dict[str, dict[str, Any]] = sparsity["curves"]
+    sizes = {n for activation, by_n in curves.items() for n in by_n if activation != "topk"} or set(curves["topk"])
+    series = []
+    for colour, (activation, by_n) in enumerate(sorted(curves.items(), key=lambda item: item[0] != "topk")):
+        for points in (points for n, points in by_n.items() if n in sizes):
+            for lr in sorted({p["lr"] for p in points}):
+                own = [p for p in points if p["lr"] == lr]
+                x, y = [p["l0"] for p in own], [p["normalized_mse"] for p in own]
+                series.append(Series(activation, x, y, "curve", colour))
     gap = sparsity["topk_relu_gap"]
     note = f"{gap['claim']}: {gap['verdict']}; {gap['reason']}"
-    return Picture("l0", "NMSE against L0", "L0", "normalized MSE", series, note)
+    title = f"NMSE against L0, a line each n and lr: n = {', '.join(f'{n:,}' for n in sorted(map(int, sizes)))}"
+    return Picture("l0", title, "L0", "normalized MSE", series, note)
 
 
 def _fit(

@@ -1,9 +1,9 @@
 """NMSE against L0 of every activation function, and the gap between TopK and ReLU as n grows.
 
-Of the runs of one function and n count those that no other beats at both: at one sparsity_coef a lower lr may well have
-the lower NMSE because more latents are active. Two functions are compared at one L0, between the two of their runs that
-bracket it (interpolated in logs), never beyond.
-Intervals draw each run's ln NMSE from its interval over text, independently: too wide for runs on the same text.
+Two functions are compared at one L0, each at the lr that is best there: of the runs of one lr, between the two that
+bracket the L0 (interpolated in logs), never beyond. Runs of one price are not: a lower lr has a lower NMSE there as
+more latents are active. Intervals draw each run's ln NMSE from its interval over text, independently: too wide for runs
+on the same text.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ GAP_CLAIM = "the gap between ReLU and TopK at one L0 grows with n (p > 0)"
 
 def frontier(points: list[Point], at: dict[str, Any], seed: int) -> dict[str, Any]:
     """Curves of NMSE against L0 by activation and n, and `gaps` of every activation to TopK; `topk_relu_gap` in n."""
-    kept, excluded = unbeaten([p for p in points if p.l0 > 0])
+    kept = [p for p in points if p.l0 > 0]
     curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for p in sorted(kept, key=lambda p: (p.activation, p.n_latents, p.l0)):
         own = {
             "l0": p.l0,
+            "lr": p.lr,
             "normalized_mse": p.normalized_mse,
             "low": nan_to_none(p.low),
             "high": nan_to_none(p.high),
@@ -40,37 +41,18 @@ def frontier(points: list[Point], at: dict[str, Any], seed: int) -> dict[str, An
         "curves": curves,
         "gaps": gaps,
         "topk_relu_gap": _growth([g for g in gaps if g["activation"] == "relu"], seed),
-        "excluded": [e._asdict() for e in excluded + _without_l0(points)],
+        "excluded": [e._asdict() for e in _without_l0(points)],
     }
 
 
-def unbeaten(points: list[Point]) -> tuple[list[Point], list[Excluded]]:
-    """The runs of each activation function and n that no other has both fewer active latents and a lower NMSE than.
-
-    L0s within 1% are one, so that of several lr at one k the best is left.
-    """
-    kept, excluded = [], []
-    for p in points:
-        rivals = [q for q in points if (q.activation, q.n_latents) == (p.activation, p.n_latents)]
-        better = [q for q in rivals if q.l0 < p.l0 * _SAME_L0 and q.normalized_mse < p.normalized_mse]
-        if better:
-            q = min(better, key=lambda q: q.normalized_mse)
-            reason = (
-                f"{q.run} has NMSE {q.normalized_mse:.4f} at L0 {q.l0:.1f}, this {p.normalized_mse:.4f} at {p.l0:.1f}"
-            )
-            excluded.append(Excluded(p.run, reason))
-        else:
-            kept.append(p)
-    return kept, excluded
-
-
 def _gaps(points: list[Point], activation: str, seed: int) -> list[dict[str, Any]]:
-    """ln NMSE of `activation` − ln NMSE of TopK at each n and each L0 of TopK that both bracket."""
+    """ln NMSE of `activation` − that of TopK at each n and each L0 of TopK that both bracket, else each of its own."""
     found = []
     for n in sorted({p.n_latents for p in points}):
         theirs = [p for p in points if p.activation == activation and p.n_latents == n]
         ours = [p for p in points if p.activation == "topk" and p.n_latents == n]
-        for l0 in sorted({float(p.k) for p in ours}):
+        shared = [float(k) for k in sorted({p.k for p in ours}) if _between(theirs, k) is not None]
+        for l0 in shared or sorted(p.l0 for p in theirs):
             ends = _between(theirs, l0), _between(ours, l0)
             if ends[0] is None or ends[1] is None:
                 continue
@@ -83,6 +65,13 @@ def _gaps(points: list[Point], activation: str, seed: int) -> list[dict[str, Any
 
 
 def _between(points: list[Point], l0: float) -> list[tuple[float, float, float]] | None:
+    """`_of_one_lr` at the lr where it is lowest; None where no lr has runs around `l0`."""
+    by_lr = [[p for p in points if p.lr == lr] for lr in sorted({p.lr for p in points})]
+    found = [ends for own in by_lr if (ends := _of_one_lr(own, l0)) is not None]
+    return min(found, key=lambda ends: sum(share * value for share, value, _ in ends), default=None)
+
+
+def _of_one_lr(points: list[Point], l0: float) -> list[tuple[float, float, float]] | None:
     """(share, ln NMSE, its sd) of the two points that bracket `l0`, or of one (or seeds of one) at it; None beyond."""
     at = [p for p in points if 1 / _SAME_L0 < p.l0 / l0 < _SAME_L0]
     if at:

@@ -113,7 +113,7 @@ def examples(run: Run, latent: int, kind: str, rule: Rule | None) -> list[dict[s
                 "peak": float(f"{values[at]:.4g}"),
                 "document": None if documents is None else int(documents[row, at]),
                 "document_position": None if places is None else int(places[row, at]),
-                "marks": None if rule is None else _marks(predict(rule, ids), values, first),
+                "marks": None if rule is None else _marks(rule, ids, values, first),
             }
         )
     return found
@@ -167,7 +167,7 @@ def around(run: Run, latent: int, query: search.Query) -> Around:
         return Around(
             latent, run.n_latents, latent - 1 if latent else None, latent + 1 if latent + 1 < run.n_latents else None
         )
-    found = search.select(run, query)
+    found = search.select(run, query).latents
     at = np.flatnonzero(found == latent)
     if not len(at):
         return Around(None, len(found), None, int(found[0]) if len(found) else None)
@@ -193,13 +193,11 @@ def _shown(run: Run, rule: Rule) -> list[dict[str, Any]]:
     ]
 
 
-def _marks(predicted: list[float], values: np.ndarray, first: int) -> list[str]:
+def _marks(rule: Rule, tokens: list[int], values: np.ndarray, first: int) -> list[str]:
+    """By token where the rule is right; a text starts at `first`, from where on the store has activations."""
     names = {(True, True): "hit", (True, False): "miss", (False, True): "false", (False, False): ""}
-    fires = (values > FIRED_THRESHOLD).tolist()
-    return [
-        names[f, p > FIRED_THRESHOLD] if at >= first else ""
-        for at, (f, p) in enumerate(zip(fires, predicted, strict=True))
-    ]
+    fires, predicted = values[first:] > FIRED_THRESHOLD, predict(rule, tokens[first:])
+    return [""] * first + [names[f, p > FIRED_THRESHOLD] for f, p in zip(fires.tolist(), predicted, strict=True)]
 
 
 def _neighbours(run: Run, latent: int, which: str, scores: str) -> list[dict[str, Any]] | None:

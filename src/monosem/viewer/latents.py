@@ -18,13 +18,14 @@ N_TOKENS = 5
 
 def view(run: Run, query: Query) -> dict[str, Any]:
     """One page of the table and what it is a page of, as JSON. `ValueError` as `search.select`."""
-    found = search.select(run, query)
+    found, order = search.select(run, query)
     n_pages = max(1, -(-len(found) // PAGE_ROWS))
     start = (query.page - 1) * PAGE_ROWS
     return {
         "total": len(found),
         "page": query.page,
         "n_pages": n_pages,
+        "order": order,
         "query": query.parameters(),
         "columns": list(run.scalars()),
         "rows": rows(run, found[start : start + PAGE_ROWS]),
@@ -57,11 +58,22 @@ def _page(site: Site, request: Request) -> Response:
     query = search.parse(request.query_params, also=("theme",))
     if query.text.isascii() and query.text.isdigit() and int(query.text) < run.n_latents:
         return RedirectResponse(site.links.page("latent", latent=int(query.text)), 303)
-    missing: dict[str, list[str]] = {}
-    for name, column in COLUMNS.items():
-        if run.column(name) is None:
-            missing.setdefault(run.command(column.part), []).append(column.label)
-    return web.page(site, request, "latents", view=view(run, query), query=query, missing=missing)
+    return web.page(site, request, "latents", view=view(run, query), query=query, missing=_missing(run))
+
+
+def _missing(run: Run) -> list[tuple[str, str]]:
+    """What no latent has, or not all have, each with the command that computes it."""
+    computed = run.explanation.manifest["computed"] if run.explanation is not None else {}
+    labels: dict[str, list[str]] = {}
+    for column in COLUMNS.values():
+        labels.setdefault(column.part, []).append(column.label)
+    found = []
+    for part, columns in labels.items():
+        made = computed.get(part, {}).get("n_latents", 0)
+        if made < run.n_latents and (not made or "command" in computed[part]):
+            rest = f" for all but {made:,} latents" if made else ""
+            found.append((run.command(part), ", ".join(columns) + rest))
+    return found
 
 
 ENDPOINTS = (

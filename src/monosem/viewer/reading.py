@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +29,8 @@ class Column(NamedTuple):
 
     label: str
     meaning: str
-    part: str = "collect"
-    """Of the explanation: which command computes it."""
+    part: str = "activations"
+    """Of the explanation (docs/formats.md)."""
 
 
 COLUMNS = {
@@ -41,24 +42,16 @@ COLUMNS = {
     "kurtosis": Column("kurtosis", "kurtosis of the activation where active; 3 for a normal distribution"),
     "n2g_recall": Column("N2G recall", "of the tokens on which it fires, the share its rule predicts", "n2g"),
     "n2g_precision": Column("N2G precision", "of the tokens the rule predicts, the share on which it fires", "n2g"),
-    "n2g_density": Column("N2G density", "share of tokens at which the rule predicts", "n2g"),
+    "n2g_density": Column("N2G density", "share of the held-out tokens on which it fires", "n2g"),
     "probe_best": Column("probe loss", "lowest loss of a one-latent probe, over the tasks; lower is better", "probes"),
     "ablation_sparsity": Column(
-        "ablation sparsity", "share of the later logits that it moves when taken out; 1 when all alike", "ablation"
+        "ablation sparsity", "share of the later logits that it moves when taken out; 1 when all alike", "ablations"
     ),
 }
 """What the table can be sorted by, in the order in which it is shown."""
 
-_COMMANDS = {
-    "collect": "monosem explain {run}",
-    "n2g": "monosem explain {run}",
-    "probes": "monosem explain {run}",
-    "ablation": "monosem explain {run}",
-    "words": "monosem explain {run}",
-    "votes": "monosem explain {run}",
-    "metrics": "monosem eval {run}",
-    "scaling": "monosem scale DIR",
-}
+_COMMANDS = {"metrics": "monosem eval RUN", "scaling": "monosem scale DIR"}
+_EXPLAIN = "monosem explain RUN"
 
 
 class Run:
@@ -71,9 +64,7 @@ class Run:
         self.facts = artifacts.read_manifest(self._autoencoder() / "config.json", "autoencoder")
         self.n_latents: int = self.facts["config"]["n_latents"]
         self.report = self._manifest("eval.json", "evaluation")
-        self.explanation = ExplainStore(folder / "explain") if (folder / "explain/manifest.json").exists() else None
-        if self.explanation is not None and self.explanation.n_latents != self.n_latents:
-            raise ValueError(f"{folder}/explain is of another autoencoder; delete it and run {self.command('collect')}")
+        self.explanation, self.trouble = self._explanation()
         self.notes = Notes(folder / "notes.sqlite")
         self.scaling_folder = scaling if scaling is not None else self.folder.absolute().parent
         self._orders: dict[tuple[str, bool], np.ndarray] = {}
@@ -93,8 +84,10 @@ class Run:
         return self.folder / "explain/words.sqlite"
 
     def command(self, part: str) -> str:
-        """What to type to compute a part."""
-        return _COMMANDS[part].format(run=shlex.quote(str(self.folder)))
+        """What to type to compute a part: of the explanation as its manifest has it, `metrics` or `scaling`."""
+        made = self.explanation.manifest["computed"].get(part, {}) if self.explanation is not None else {}
+        words = made.get("command", _COMMANDS.get(part, _EXPLAIN))
+        return re.sub(r"\bRUN\b", lambda _: shlex.quote(str(self.folder)), words)
 
     def column(self, name: str) -> np.ndarray | None:
         """A column of the explanation, memory-mapped; None when it was not computed."""
@@ -154,6 +147,19 @@ class Run:
             if (folder / "config.json").exists():
                 return folder
         raise ValueError(f"{self.folder} holds no autoencoder; give the folder of a finished run (monosem run)")
+
+    def _explanation(self) -> tuple[ExplainStore | None, str | None]:
+        """The explanation, or why there is none that can be shown; neither before `explain` has begun."""
+        if not (self.folder / "explain/manifest.json").exists():
+            return None, None
+        try:
+            found = ExplainStore(self.folder / "explain")
+            config = self.facts["config"]
+            if changed := [name for name in config if found.manifest.get(name) != config[name]]:
+                return None, f"{found.folder} is of another autoencoder ({', '.join(changed)}); explain this one"
+        except ValueError as error:
+            return None, str(error)
+        return found, None
 
     def _manifest(self, name: str, kind: str) -> dict[str, Any] | None:
         path = self.folder / name

@@ -48,7 +48,7 @@ def _page(site: Site, request: Request) -> Response:
     run = site.run
     return web.page(
         site, request, "scaling", view=view(run), folder=str(run.scaling_folder), command=run.command("scaling"),
-        figures=[(f["name"], f["title"], f["note"]) for f in figures(run)],
+        figures=[(f["name"], f["title"], f["note"]) for f in figures(run) if f["series"]],
     )  # fmt: skip
 
 

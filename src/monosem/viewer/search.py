@@ -18,6 +18,7 @@ from monosem.viewer.notes import reading
 from monosem.viewer.reading import COLUMNS, Run
 
 PAGE_ROWS = 50
+MOST_RANKED = 2000
 _WORD = re.compile(r"\w+", re.UNICODE)
 
 
@@ -78,42 +79,65 @@ def parse(given: Mapping[str, str], also: tuple[str, ...] = ()) -> Query:
     return Query(sort, order == "desc", ranges, given.get("q", "").strip()[:500], starred, int(page))
 
 
-def select(run: Run, query: Query) -> np.ndarray:
-    """All latents that the query asks for, in its order. `ValueError` when it asks for what was not computed."""
+class Found(NamedTuple):
+    """Latents that a query asks for, in its order; and which that is, in words."""
+
+    latents: np.ndarray
+    order: str
+
+
+def select(run: Run, query: Query) -> Found:
+    """All latents that the query asks for. `ValueError` when it asks for what was not computed."""
     keep = np.ones(run.n_latents, dtype=bool)
     for name, (low, high) in query.ranges.items():
         column = _column(run, name)
         keep &= (column >= low) & (column <= high)
     if query.starred:
         starred = [latent for latent, note in run.notes.all().items() if note.starred and latent < run.n_latents]
-        keep &= np.isin(np.arange(run.n_latents), starred)
-    found = matching(run, query.text) if query.text else None
-    if found is not None:
-        keep &= np.isin(np.arange(run.n_latents), found)
+        keep &= _among(run, np.array(starred, dtype=np.int32))
+    order, words = np.arange(run.n_latents, dtype=np.int32), "by number"
+    if query.text:
+        found = matching(run, query.text)
+        keep &= _among(run, found.latents)
+        order, words = found
     if query.sort is not None:
         _column(run, query.sort)
-        order = run.order(query.sort, query.descending)
-    else:
-        order = np.arange(run.n_latents, dtype=np.int32) if found is None else found
-        order = order[::-1] if query.descending else order
-    return order[keep[order]]
+        order, words = run.order(query.sort, query.descending), f"by {COLUMNS[query.sort].label}"
+        words += ", largest first" if query.descending else ", smallest first"
+    elif query.descending:
+        order, words = order[::-1], f"{words}, backwards"
+    return Found(order[keep[order]], words)
 
 
-def matching(run: Run, words: str) -> np.ndarray:
-    """Latents with every word (or the beginning of one) in their explanation, tokens, examples or note: best first."""
-    found: list[int] = []
+def matching(run: Run, words: str) -> Found:
+    """Latents with every word of `words` in their explanation, tokens, examples or note; of three letters or more the
+    beginning of a word is enough. Best first, but by number where over MOST_RANKED match: ranking them would take long.
+    """
+    latents, order = np.array([], dtype=np.int32), "best match first"
     terms = _WORD.findall(words)
     with reading(run.words) as file:
         if file is not None and terms:
-            match = " ".join(f'"{term}"*' for term in terms)
-            sql = "SELECT rowid FROM latents_fts WHERE latents_fts MATCH ? ORDER BY rank LIMIT 20000"
+            match = " ".join(f'"{term}"*' if len(term) > 2 else f'"{term}"' for term in terms)
+            sql = "SELECT rowid FROM latents_fts WHERE latents_fts MATCH ?"
             try:
-                found = [row[0] for row in file.execute(sql, (match,))]
+                latents = np.fromiter((row[0] for row in file.execute(sql, (match,))), dtype=np.int32)
+                if len(latents) > MOST_RANKED:
+                    order = "by number"
+                else:
+                    ranked = file.execute(f"{sql} ORDER BY rank", (match,))
+                    latents = np.fromiter((row[0] for row in ranked), dtype=np.int32)
             except sqlite3.DatabaseError as error:
                 raise ValueError(f"{run.words} cannot be searched ({error}); {run.command('words')}") from None
-    found += run.notes.containing(words)
-    every = np.array(list(dict.fromkeys(found)), dtype=np.int32)
-    return every[(every >= 0) & (every < run.n_latents)]
+    noted = np.array(run.notes.containing(words), dtype=np.int32)
+    every = np.concatenate([latents, noted[~np.isin(noted, latents)]])
+    return Found(every[(every >= 0) & (every < run.n_latents)], order)
+
+
+def _among(run: Run, latents: np.ndarray) -> np.ndarray:
+    """True at these latents."""
+    found = np.zeros(run.n_latents, dtype=bool)
+    found[latents] = True
+    return found
 
 
 def _column(run: Run, name: str) -> np.ndarray:

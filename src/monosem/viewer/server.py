@@ -19,7 +19,8 @@ from starlette.staticfiles import StaticFiles
 
 from monosem import __version__
 from monosem.config import ServeConfig
-from monosem.viewer import latent, latents, overview, scaling, web
+from monosem.viewer import compare, latent, latents, overview, scaling, trying, web
+from monosem.viewer.reading import Run
 from monosem.viewer.web import API, HERE, Endpoint, Guard, Site
 
 log = logging.getLogger("monosem")
@@ -28,6 +29,8 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *overview.ENDPOINTS,
     *latents.ENDPOINTS,
     *latent.ENDPOINTS,
+    *trying.ENDPOINTS,
+    *compare.ENDPOINTS,
     *scaling.ENDPOINTS,
 )
 """All pages and all of the API. A page more is its module's ENDPOINTS here, and its place in `web.NAVIGATION`."""
@@ -101,7 +104,8 @@ async def _plotly(request: Request) -> Response:
 def serve(config: ServeConfig) -> None:
     """Serve until interrupted. `ValueError` when the folder holds no run or the port is taken."""
     scaling_folder = Path(config.scaling) if config.scaling is not None else None
-    site = Site(Path(config.run), scaling_folder, read_only=config.read_only)
+    others = [Run(Path(other)).folder for other in config.others]
+    site = Site(Path(config.run), scaling_folder, others=others, read_only=config.read_only)
     with _listening(config.port) as listener:
         log.info("%s: http://127.0.0.1:%d (Ctrl-C stops it)", config.run, listener.getsockname()[1])
         options = uvicorn.Config(application(site), log_level="warning", access_log=False, lifespan="off")
@@ -115,4 +119,5 @@ def _listening(port: int) -> Iterator[socket.socket]:
     except OSError as error:
         raise ValueError(f"port {port} cannot be used ({error.strerror}); choose another with --port") from None
     with listener:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each answer waits 40 ms for an ACK
         yield listener

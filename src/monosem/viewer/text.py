@@ -6,14 +6,14 @@ import functools
 import math
 import unicodedata
 
-_NAMED = {"\n": "↵", "\t": "⇥", "\r": "␍", "\x7f": "␡", "\ufffd": "�"}
+_NAMED = {"\n": "↵", "\t": "⇥", "\r": "⟨CR⟩", "\0": "⟨NUL⟩"}
 
 
 @functools.lru_cache(maxsize=1 << 17)
 def visible(text: str) -> str:
     """The text with a sign in place of every character that has no ink, or that changes the order of others.
 
-    ↵ for a newline, ⇥ for a tab, ␀ for NUL, ⍽ for spaces that are not U+0020, ⟨U+202E⟩ for an override.
+    ↵ for a newline, ⇥ for a tab, ⍽ for spaces that are not U+0020, ⟨NUL⟩, ⟨CR⟩, ⟨U+202E⟩ and so on for the others.
     """
     return text if text.isascii() and text.isprintable() else "".join(map(_sign, text))
 
@@ -49,8 +49,6 @@ def _sign(character: str) -> str:
     if named := _NAMED.get(character):
         return named
     kind = unicodedata.category(character)
-    if kind == "Cc" and character < " ":
-        return chr(0x2400 + ord(character))
     if kind == "Zs":
         return " " if character == " " else "⍽"
     return f"⟨U+{ord(character):04X}⟩" if kind[0] == "C" or kind in ("Zl", "Zp") else character

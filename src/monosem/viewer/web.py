@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
@@ -57,6 +57,9 @@ HEADERS = {
 class Links:
     """Addresses of pages and files, as the server has them. An export gives its own, with the same methods."""
 
+    redraws_table = False
+    """Whether other rows are drawn into a page's table later, so that it needs every column."""
+
     def page(self, name: str, latent: int | None = None, **query: object) -> str:
         """Address of a page of PAGES; parts of the query that are None are left out."""
         given = {key: str(value) for key, value in query.items() if value is not None}
@@ -76,11 +79,17 @@ class Site:
     """One run and how it is served."""
 
     def __init__(
-        self, folder: Path, scaling: Path | None = None, *, read_only: bool = False, links: Links | None = None
+        self,
+        folder: Path,
+        scaling: Path | None = None,
+        *,
+        others: Sequence[Path] = (),
+        read_only: bool = False,
+        links: Links | None = None,
     ) -> None:
         self._folder, self._scaling, self._lock = folder, scaling, threading.Lock()
         self._run = Run(folder, scaling)
-        self.read_only, self.links = read_only, links or Links()
+        self.others, self.read_only, self.links = tuple(others), read_only, links or Links()
 
     @property
     def run(self) -> Run:

@@ -3,8 +3,8 @@
 export function startLatents() {
   const form = document.getElementById("filters");
   form?.addEventListener("submit", () => {
-    for (const input of form.querySelectorAll("input")) if (!input.value) input.disabled = true;
-    setTimeout(() => { for (const input of form.querySelectorAll("input")) input.disabled = false; });
+    for (const input of form.querySelectorAll("input, select")) if (!input.value) input.disabled = true;
+    setTimeout(() => { for (const input of form.querySelectorAll("input, select")) input.disabled = false; });
   });
   const links = [...document.querySelectorAll(".grid tbody th a")];
   let at = -1;

@@ -30,9 +30,10 @@ export async function startOverview() {
 function mapPicture(found, label) {
   const middles = (edges) => edges.slice(1).map((edge, i) => (edge + edges[i]) / 2);
   const values = found.mean ?? found.n.map((row) => row.map((n) => (n ? Math.log10(n) : null)));
+  const roomy = innerWidth > 700;
   const trace = {
     type: "heatmap", x: middles(found.x_edges), y: middles(found.y_edges), z: values, customdata: found.n,
-    colorscale: mapScale(), hoverongaps: false, xgap: 1, ygap: 1,
+    colorscale: mapScale(), hoverongaps: false, xgap: roomy ? 1 : 0, ygap: roomy ? 1 : 0,
     hovertemplate: `%{customdata} latents<br>density 10^%{x:.2f}, max 10^%{y:.2f}${found.mean ? `<br>${label} %{z:.3g}` : ""}<extra></extra>`,
     colorbar: { thickness: 10, outlinewidth: 0, title: { text: found.mean ? label : "latents", side: "right" }, ...(found.mean ? {} : countTicks(values)) },
   };

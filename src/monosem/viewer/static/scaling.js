@@ -18,11 +18,25 @@ export async function startScaling() {
 function lawPicture(figure) {
   const shown = new Set();
   const traces = figure.series.map((series) => lawTrace(series, shown));
-  const axis = (title, log) => ({ title: { text: title }, type: log ? "log" : "linear", exponentformat: "power", dtick: log ? "D1" : undefined, nticks: 6 });
-  const layout = { xaxis: axis(figure.x, figure.log_x), yaxis: axis(figure.y, figure.log_y), legend: { font: { size: 11 } } };
-  delete layout.xaxis.dtick;
-  delete layout.yaxis.dtick;
+  const values = (name) => figure.series.flatMap((series) => series[name]);
+  const axis = (title, log, along) => ({ title: { text: title }, type: log ? "log" : "linear", ...(log ? logTicks(along) : {}) });
+  const legend = innerWidth < 700 ? { orientation: "h", y: -0.2 } : {};
+  const layout = {
+    xaxis: axis(figure.x, figure.log_x, values("x")), yaxis: axis(figure.y, figure.log_y, values("y")), legend: { font: { size: 11 }, ...legend },
+  };
   return { traces, layout };
+}
+
+// 1, 2 and 5 times powers of ten within two decades, powers alone beyond; close to each other within half a decade.
+function logTicks(values) {
+  const [low, high] = [Math.min(...values), Math.max(...values)];
+  const steps = high / low > 100 ? [1] : high / low < 4 ? [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8] : [1, 2, 5];
+  const ticks = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
+    for (const step of steps) if (step * 10 ** power >= low * 0.95 && step * 10 ** power <= high * 1.05) ticks.push([step, power]);
+  }
+  const spelled = ([step, power]) => (power >= 6 || power < -3 ? `${step === 1 ? "" : step + "·"}10<sup>${power}</sup>` : Number((step * 10 ** power).toPrecision(3)).toLocaleString("en"));
+  return { tickvals: ticks.map(([step, power]) => step * 10 ** power), ticktext: ticks.map(spelled) };
 }
 
 function lawTrace(series, shown) {
