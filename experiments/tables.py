@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import json
 import math
 import re
@@ -332,6 +333,59 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def evaluations(columns: dict[str, str]) -> str:
+    """A row an evaluated run: metrics of the quick suite with their intervals, under the columns' heads."""
+    runs: dict[str, dict[str, Row]] = {}
+    with open(RESULTS / "evals" / "metrics.csv", newline="") as file:
+        for r in csv.DictReader(file):
+            runs.setdefault(r["run"], {})[r["metric"]] = r
+    rows = []
+
+    def order(metrics: dict[str, Row]) -> tuple[str, int, float]:
+        return metrics["l0"]["activation"], int(metrics["l0"]["n_latents"]), float(metrics["l0"]["value"])
+
+    for metrics in sorted(runs.values(), key=order):
+        first = metrics["l0"]
+        cells = [
+            f"{float(m['value']):.3g} [{float(m['low']):.3g}, {float(m['high']):.3g}]" if m else ""
+            for m in (metrics.get(name) for name in columns)
+        ]
+        l0 = f"{float(first['value']):.0f}"
+        rows.append([first["activation"], f"{int(first['n_latents']):,}", l0, f"{int(first['tokens_seen']):,}", *cells])
+    return markdown(["", "n_latents", "L0", "tokens", *columns.values()], rows)
+
+
+EVALUATIONS = {
+    "evals_losses": {
+        "normalized_mse": "NMSE", "delta_ce": "ΔCE", "kl": "KL", "kl_pca": "KL, PCA", "kl_mean_ablation": "KL, mean",
+        "loss_recovered_zero": "recovered, zero-ablation", "compute_equivalent": "compute equivalent",
+    },
+    "evals_probes": {
+        "probe_loss": "probe loss", "probe_loss_train": "where chosen", "probe_loss_null": "… shuffled labels",
+        "probe_loss_random_directions": "random directions", "probe_loss_channels": "channels",
+        "probe_loss_dense": "dense probe", "probe_auc": "AUC",
+    },
+    "evals_explanations": {
+        "n2g_recall": "recall", "n2g_precision": "precision", "n2g_recall_unigram": "recall, unigram",
+        "n2g_precision_unigram": "precision, unigram", "n2g_precision_q90": "precision, q90", "n2g_density": "density",
+        "n2g_never_predicts": "never predicts", "explanation_kl": "KL, 32 simulated",
+        "explanation_kl_unigram": "… by unigram", "explanation_kl_zero": "… set to 0",
+    },
+    "evals_magnitudes": {
+        "ablation_sparsity": "ablation sparsity", "ablation_sparsity_channels": "… channels",
+        "ablation_sparsity_own_token": "own token", "ablation_sparsity_own_token_channels": "… channels",
+        "unrefined_normalized_mse": "NMSE, 8,064 tokens", "refined_normalized_mse": "… refined",
+        "shrinkage": "shrinkage", "refinement_slope": "slope",
+    },
+}  # fmt: skip
+
+
+def evals_claims() -> str:
+    """What the paper says of its autoencoders, and what these say."""
+    found = json.loads((RESULTS / "evals" / "claims.json").read_text())
+    return markdown(["claim", "here", ""], [[c["claim"], c["seen"], c["verdict"]] for c in found])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "seconds": seconds,
@@ -350,6 +404,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "lab_converged": lab_converged,
     "lab_converged_laws": lab_converged_laws,
     "lab_exponents": lab_exponents,
+    **{name: functools.partial(evaluations, columns) for name, columns in EVALUATIONS.items()},
+    "evals_claims": evals_claims,
 }
 
 

@@ -138,18 +138,40 @@ def test_encode_keeps_the_k_largest(stub: type[nn.Module]) -> None:
     assert latents.indices.shape == (len(ROWS), 2)
 
 
+class Opaque(SaeLensLike):
+    """Scales what its encoder gives, so that nothing can be read off the parameters."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        return 2 * super().encode(x)
+
+
+@STUBS
+def test_the_encoder_is_found_where_it_gives_the_activations(stub: type[nn.Module]) -> None:
+    module = stub()
+    if isinstance(module, SaeLensLike):
+        module.b_enc.data += torch.linspace(-0.1, 0.1, N_LATENTS)
+    else:
+        module.encoder.bias.data += torch.linspace(-0.1, 0.1, N_LATENTS)  # type: ignore[operator, union-attr]
+    autoencoder, x = wrapped(module), normalize(ROWS)[0]
+    assert autoencoder.tells_pre_activations
+    torch.testing.assert_close(autoencoder.weights.latent_bias, torch.linspace(-0.1, 0.1, N_LATENTS))
+    torch.testing.assert_close(autoencoder.encode(x, k=K).values, autoencoder.encode(x).values, atol=1e-5, rtol=1e-5)
+    assert (autoencoder.encode(x, k=2 * K).values > 0).sum() > (autoencoder.encode(x).values > 0).sum()
+    assert not wrapped(Opaque()).tells_pre_activations
+
+
 def test_what_needs_pre_activations_is_refused() -> None:
     x = normalize(ROWS)[0]
     for choice, message in (
-        ({"k": K + 1}, "k is 5, but a wrapped SaeLensLike gives only its own 4 latents"),
+        ({"k": K + 1}, "k is 5, but a wrapped Opaque gives only its own 4 latents"),
         ({"threshold": 0.5}, "does not tell its pre-activations, so it has no threshold; give k"),
         ({"k": 1, "threshold": 0.5}, "give one of them"),
         ({"k": 0}, "give a number of latents from 1 to 30"),
     ):
         with pytest.raises(ValueError, match=message):
-            wrapped(SaeLensLike()).encode(x, **choice)
+            wrapped(Opaque()).encode(x, **choice)
     with pytest.raises(ValueError, match="gives only its own 4 latents"):
-        progressive.metrics_on_activations(wrapped(SaeLensLike()), ROWS, CLUSTERS, 0.5, **OPTIONS)
+        progressive.metrics_on_activations(wrapped(Opaque()), ROWS, CLUSTERS, 0.5, **OPTIONS)
 
 
 def test_relu_keeps_any_k() -> None:

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+from monosem import convert, model
 from monosem.activations import harvest
 from monosem.config import EvalConfig, HarvestConfig, TrainConfig
 from monosem.definitions import definition, sections
 from monosem.evals import Shared, evaluate, parts
+from monosem.model import Autoencoder
 from monosem.subject import Subject
 from monosem.training import train
 from tiny import D_MODEL, tiny_texts
@@ -115,6 +119,38 @@ def test_parts_that_are_done_are_not_done_again(
     done.clear()
     evaluate(dataclasses.replace(run, n_tokens_downstream=640))
     assert done == ["downstream"]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_an_autoencoder_from_elsewhere_is_judged_in_the_same_way(told: bool, run: EvalConfig, tmp_path: Path) -> None:
+    """Ours behind the interface of others; without its encoder, what needs pre-activations is left out."""
+    ours = Autoencoder.load(Path(run.run) / "autoencoder")
+
+    class Foreign(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            w = ours.weights
+            self.W_enc = nn.Parameter(w.encoder.T.clone() if told else w.encoder.T + 1)
+            self.b_enc, self.W_dec = nn.Parameter(w.latent_bias.clone()), nn.Parameter(w.decoder.clone())
+            self.b_dec = nn.Parameter(w.pre_bias.clone())
+
+        def encode(self, x: Tensor) -> Tensor:
+            latents = ours.encode(x)
+            return torch.zeros(len(x), 48).scatter(1, latents.indices, latents.values)
+
+        def decode(self, z: Tensor) -> Tensor:
+            return z @ self.W_dec + self.b_dec
+
+    foreign = convert.wrap(Foreign(), D_MODEL, k=4, normalize=model.normalize)
+    here = dataclasses.replace(run, run=str(tmp_path / "foreign"), store=str(Path(run.run) / "store"))
+    found, expected = evaluate(here, autoencoder=foreign)["metrics"], evaluate(run)["metrics"]
+    left_out = () if told else ("probe_", "progressive_")
+    unknown = ("normalized_mse_train", "dead_fraction", *left_out)  # the first two are of its training
+    assert set(found) == {name for name in expected if not name.startswith(unknown)}
+    for name in found:
+        assert found[name]["value"] == pytest.approx(expected[name]["value"], rel=1e-3, abs=1e-4), name
+    with pytest.raises(ValueError, match="store is not given"):
+        evaluate(dataclasses.replace(here, store=None), autoencoder=foreign)
 
 
 def test_a_folder_without_tasks_is_said_before_eval_json_is_written(run: EvalConfig, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from monosem import artifacts, cli
 from monosem.definitions import DEFINITIONS, definition, sections
-from monosem.evals import report
+from monosem.evals import compute_equivalent, report
 
 NAMES = (
     *("normalized_mse", "normalized_mse_train", "pca_normalized_mse", "delta_ce", "delta_ce_mean_ablation"),
@@ -33,7 +33,13 @@ def evaluation(folder: Path, n_latents: int = 64, k: int = 4, value: float = 0.2
     curve = {"from": [1.0, 2.0], "to": [1.0, 3.0], "n": [5, 9], "normalized_mse": [0.2, 0.1], "low": [0.1, 0.1]}
     kl = {"k": [1, 4], "value": [0.4, 0.2], "low": [0.3, 0.1], "high": [0.5, 0.3]}
     task = {"task": EVIL, "pooling": "mean", "n_held_out": 30, "latent": 7, "probe_loss": 0.3}
+    pretraining = compute_equivalent.Pretraining(1e8, 1e11, 2.5, "")
+    rests_on = {
+        "label": "modelled", "curve": EVIL, "source": EVIL, "subject_loss": 2.5, "subject_outside": EVIL,
+        "answers": {"zero_ablation": EVIL}, "sensitivity": compute_equivalent.sensitivity(4.0, 0.3, pretraining),
+    }  # fmt: skip
     tables = {
+        "downstream": {"compute_equivalent": rests_on},
         "latents": {"by_position": {**curve, "high": [0.3, 0.2]}},
         "progressive": {"curve": {"kl": kl}},
         "probes": {"tasks": [{**task, "probe_loss_low": 0.1, "probe_loss_high": 0.4}]},
@@ -99,6 +105,7 @@ def test_the_page_has_every_number_definition_and_table_and_needs_no_network(tmp
         assert html.escape(definition(name) or name) in text, name
         assert f">{name}</code>" in text
     assert "0.25" in text and "[0.125, 0.5]" in text and "n = 1,234" in text and "2 fired on none" in text
+    assert "multiplicative" in text and "same parameters" in text and "zero ablation: " in text
     assert "<script src" not in page and not re.search(r"(src|href)=[\"']?http", text), "plotly.js is inside the page"
     assert EVIL not in page and html.escape(EVIL) in text and "<img" not in table
     assert all(len(re.findall(r"(?<!\\)\|", line)) == 8 for line in table.splitlines() if line.startswith("|"))

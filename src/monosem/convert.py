@@ -11,6 +11,7 @@ Nothing of those libraries is imported.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +44,8 @@ def wrap(
 
     It reads raw activations as they are, or what `normalize` (such as `model.normalize`) makes of them. `n_latents` is
     needed where `encode` gives indices. `k` is told to evaluations that compare at the same number of latents; without
-    it the autoencoder counts as ReLU. `ValueError` when the module has another form or its decoder is not affine.
+    it the autoencoder counts as ReLU. Its encoder is taken over where parameters of a usual name are found to give its
+    activations. `ValueError` when the module has another form or its decoder is not affine.
     """
     if not (callable(getattr(module, "encode", None)) and callable(getattr(module, "decode", None))):
         raise ValueError(f"{type(module).__name__} has no encode and decode; give an autoencoder that has both")
@@ -62,28 +64,24 @@ def wrap(
         decoder, pre_bias = _affine_decoder(module, n_latents, by_index)
     if decoder.shape[1] != d_model:
         raise ValueError(f"decode of {type(module).__name__} gives width {decoder.shape[1]}, not d_model {d_model}")
+    encoder = _encoder(module, decoder, pre_bias)
     config = AutoencoderConfig(d_model, n_latents, k or n_latents, "relu" if k is None else "topk")
-    return Wrapped(config, module, decoder, pre_bias, normalize)
+    return Wrapped(config, module, Weights(*encoder, decoder, pre_bias), normalize)
 
 
 class Wrapped(Autoencoder):
     """A foreign autoencoder as one of ours; make one with `wrap`.
 
-    Its decoder and pre_bias are the module's, read off its `decode`. How it encodes only the module knows, so encoder
-    and latent_bias are NaN: a number that needs them comes out as not finite, which is an error, and not as wrong.
+    Its decoder and pre_bias are the module's, read off its `decode`. Encoder and latent_bias are NaN where they are not
+    known (`tells_pre_activations`): a number that needs them would be not finite, which is an error, and not wrong.
     """
 
     def __init__(
-        self,
-        config: AutoencoderConfig,
-        module: nn.Module,
-        decoder: Tensor,
-        pre_bias: Tensor,
-        normalize: Normalize | None,
+        self, config: AutoencoderConfig, module: nn.Module, weights: Weights, normalize: Normalize | None
     ) -> None:
-        unknown = torch.full_like(decoder, torch.nan)
-        super().__init__(config, Weights(unknown, unknown[:, 0].clone(), decoder, pre_bias))
+        super().__init__(config, weights)
         self.module = module
+        self.tells_pre_activations = bool(weights.latent_bias.isfinite().all())
         self._normalize = normalize
 
     def normalize(self, raw: Float[Tensor, "*batch d_model"]) -> tuple[Float[Tensor, "*batch d_model"], NormStats]:
@@ -98,11 +96,12 @@ class Wrapped(Autoencoder):
     ) -> SparseLatents:
         """The module's active latents, or the `k` largest of them; the largest first.
 
-        `ValueError` when one is negative, and for what only its pre-activations could tell: a `threshold`, or a `k`
-        above its own.
+        `ValueError` when one is negative, and for what only its pre-activations could tell where they are not known: a
+        `threshold`, or a `k` above its own.
         """
         name, own = type(self.module).__name__, self.config
-        check_choice(own, k, threshold)
+        if check_choice(own, k, threshold) and self.tells_pre_activations and (k is not None or threshold is not None):
+            return super().encode(x, k=k, threshold=threshold)
         if threshold is not None:
             raise ValueError(f"a wrapped {name} does not tell its pre-activations, so it has no threshold; give k")
         if k is not None and own.activation == "topk" and k > own.k:
@@ -246,6 +245,29 @@ def _sparse(module: nn.Module, x: Tensor, n_latents: int) -> tuple[Tensor, Tenso
         raise ValueError(f"encode of {type(module).__name__} gives negative activations; ours are >= 0")
     top = values.topk(max(1, int((values > 0).sum(1).max())), dim=1)
     return top.indices if indices is None else indices.gather(1, top.indices), top.values
+
+
+def _encoder(module: nn.Module, decoder: Tensor, pre_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(encoder, latent_bias): encoder (x − pre_bias) + latent_bias is what the module gives where it is active.
+
+    Tried are the parameters that SAELens, dictionary_learning and sparsify have, on random inputs; NaN when none fits.
+    """
+    n_latents, d_model = decoder.shape
+    named = {name: p.detach().float() for name, p in module.named_parameters()}
+    matrices = [*(named[n].T for n in ("W_enc",) if n in named), *(named[n] for n in ("encoder.weight",) if n in named)]
+    zeros = decoder.new_zeros(n_latents)
+    biases = [zeros, *(named[n] for n in ("b_enc", "encoder.bias") if n in named)]
+    offsets = [decoder.new_zeros(d_model), pre_bias]
+    noise = torch.randn(64, d_model, generator=torch.Generator().manual_seed(0)).to(pre_bias)
+    x = torch.cat([pre_bias + scale * noise for scale in (0.1, 1.0, 10.0)])
+    indices, values = _sparse(module, x, n_latents)
+    for matrix, bias, offset in itertools.product(matrices, biases, offsets):
+        if (matrix.shape, bias.shape) != (decoder.shape, zeros.shape):
+            continue
+        pre_acts = ((x - offset) @ matrix.T + bias).gather(1, indices.to(x.device)).where(values > 0, 0)
+        if bool((values > 0).any()) and torch.allclose(pre_acts, values, rtol=_TOLERANCE, atol=_TOLERANCE):
+            return matrix.contiguous(), bias + matrix @ (pre_bias - offset)
+    return torch.full_like(decoder, torch.nan), torch.full_like(zeros, torch.nan)
 
 
 def _affine_decoder(module: nn.Module, n_latents: int, by_index: bool) -> tuple[Tensor, Tensor]:

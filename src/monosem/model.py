@@ -69,6 +69,9 @@ class Autoencoder(nn.Module):
     `extras` are what the activation function has beside them.
     """
 
+    tells_pre_activations = True
+    """Whether encoder and latent_bias are there; not those of every `convert.Wrapped`."""
+
     def __init__(
         self,
         config: AutoencoderConfig,

@@ -32,9 +32,14 @@ def open_run(run: str, store: str | None, device: torch.device) -> OpenRun:
     """
     folder = autoencoder_folder(run)
     autoencoder = Autoencoder.load(folder, device)
-    found = ActivationStore.open(_store_path(run, store, autoencoder))
-    _check_store(found, autoencoder)
-    return OpenRun(folder, autoencoder, found)
+    return OpenRun(folder, autoencoder, open_store(_store_path(run, store, autoencoder), autoencoder))
+
+
+def open_store(path: str | Path, autoencoder: Autoencoder) -> ActivationStore:
+    """The store in `path`; `ValueError`, as in `open_run`, when it is not one to judge this autoencoder on."""
+    store = ActivationStore.open(path)
+    _check_store(store, autoencoder)
+    return store
 
 
 def autoencoder_folder(run: str) -> Path:

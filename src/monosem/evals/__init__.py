@@ -8,6 +8,7 @@ docs/notation.md defines every number.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from monosem.evals import reconstruction
 from monosem.evals.parts import PARTS, SIZES, Judged, Shared, reconstruction_part
 from monosem.evals.report import KIND, title
 from monosem.model import Autoencoder
-from monosem.run_folder import autoencoder_folder, open_run
+from monosem.run_folder import autoencoder_folder, open_run, open_store
 from monosem.types import Metric, resolve_device
 
 log = logging.getLogger("monosem")
@@ -35,20 +36,25 @@ _USES = {"downstream": ("n_tokens_downstream",), "probes": ("tasks",)}
 """Fields of the config, beside n_bootstrap and seed, on which a part depends."""
 
 
-def evaluate(config: EvalConfig, shared: Shared | None = None) -> dict[str, Any]:
+def evaluate(
+    config: EvalConfig, shared: Shared | None = None, *, autoencoder: Autoencoder | None = None
+) -> dict[str, Any]:
     """The report, also in eval.json: {"run": facts, "metrics": {name: {value, low, high, n, unit}}, "histograms": ...,
     "tables": {part: {name: ...}}}.
 
-    `shared` is what evaluations one after the other load only once. Skipped, and read back, when eval.json is already
-    of this autoencoder, store, config and version of monosem; parts that are, are not done again. `ValueError` when
-    there is no autoencoder, its store is missing or of another site or subject, or a number is not finite.
+    `shared` is what evaluations one after the other load only once. An `autoencoder` that is no run of ours
+    (`convert.wrap`) is judged on `config.store`, and `config.run` is the folder for its numbers. Skipped, and read
+    back, when eval.json is already of this autoencoder, store, config and version of monosem; parts that are, are not
+    done again. `ValueError` when there is no autoencoder, its store is missing or of another site or subject, or a
+    number is not finite.
     """
-    autoencoder_folder(config.run)  # before the lock, which would make the folder
+    if autoencoder is None:
+        autoencoder_folder(config.run)  # before the lock, which would make the folder
     with artifacts.folder_lock(config.run):
         device = resolve_device(config.device)
-        folder, autoencoder, store = open_run(config.run, config.store, device)
+        autoencoder, store, digest = _judged_on(config, autoencoder, device)
         settings = {name: value for name, value in to_dict(config).items() if name not in _MAY_CHANGE}
-        sources = {"autoencoder": artifacts.sha256_file(folder / "config.json"), "store": store.hash}
+        sources = {"autoencoder": digest, "store": store.hash}
         path = Path(config.run) / "eval.json"
         if found := _finished(path, KIND, settings, sources):
             log.info("%s is already of this autoencoder, store and config; skipped", path)
@@ -58,6 +64,21 @@ def evaluate(config: EvalConfig, shared: Shared | None = None) -> dict[str, Any]
         report = _report(judged, parts)
         artifacts.write_json(path, artifacts.manifest(KIND, settings, sources, **report))
     return report
+
+
+def _judged_on(
+    config: EvalConfig, autoencoder: Autoencoder | None, device: torch.device
+) -> tuple[Autoencoder, ActivationStore, str]:
+    """What is judged, on what, and a hash of the former: of RUN's config.json, or of a given one's tensors."""
+    if autoencoder is None:
+        folder, autoencoder, store = open_run(config.run, config.store, device)
+        return autoencoder, store, artifacts.sha256_file(folder / "config.json")
+    if config.store is None:
+        raise ValueError("store is not given; an autoencoder from elsewhere needs one to be judged on")
+    digest = hashlib.sha256()
+    for name, tensor in sorted(autoencoder.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return autoencoder.to(device), open_store(config.store, autoencoder), digest.hexdigest()
 
 
 def table(report: dict[str, Any]) -> str:

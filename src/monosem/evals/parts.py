@@ -264,6 +264,9 @@ def progressive_part(judged: Judged, n_rows: int, n_tokens: int) -> Part:
     if "k" not in activation_facts(autoencoder.config.activation).uses:
         log.info("progressive recovery is left out: activation %s has no k", autoencoder.config.activation)
         return Part([], {})
+    if not autoencoder.tells_pre_activations:
+        log.info("progressive recovery is left out: this autoencoder does not tell its pre-activations")
+        return Part([], {})
     rows, clusters, _ = judged.rows(n_rows)
     threshold = progressive.matched_threshold(autoencoder, judged.rows(n_rows, "train").rows, autoencoder.config.k)
     metrics = progressive.metrics_on_activations(autoencoder, rows, clusters, threshold, **judged.options)
@@ -286,6 +289,9 @@ def ablation_part(judged: Judged, n_ablations: int) -> Part:
 
 def probes_part(judged: Judged, n_tasks: int, n_texts: int) -> Part:
     """How well the best single latent answers labelled tasks."""
+    if not judged.autoencoder.tells_pre_activations:
+        log.info("probes are left out: this autoencoder does not tell its pre-activations")
+        return Part([], {})
     found = judged.shared.tasks(judged.config.tasks)
     chosen = [found[i * len(found) // n_tasks] for i in range(n_tasks)] if n_tasks < len(found) else found
     read = judged.reading_subject, judged.autoencoder, judged.store.site, chosen

@@ -156,6 +156,8 @@ def _evaluation(evaluation: Evaluation, prefix: str) -> str:
         found.append(_charts(pictures.get(name, []), prefix))
         if name == "Probes" and "tasks" in evaluation.tables("probes"):
             found.append(_tasks(evaluation.tables("probes")["tasks"]))
+        if name == "Downstream" and (facts := evaluation.tables("downstream").get("compute_equivalent")):
+            found.append(_compute_equivalent(facts))
         found.append("</section>")
     return "\n".join(found)
 
@@ -207,15 +209,39 @@ def _row(row: Row, metrics: dict[str, dict[str, Any]]) -> str:
 def _tasks(rows: list[dict[str, Any]]) -> str:
     """A row a task and pooling, the best latent's loss beside what else was tried."""
     columns = {name: label for name, label in _PROBE_COLUMNS.items() if all(name in row for row in rows)}
-    head = "".join(f"<th>{label}</th>" for label in ("task", "pooling", "n held out", "latent", *columns.values()))
     body = []
     for row in rows:
         cells = [row["task"], row["pooling"], f"{row['n_held_out']:,}", str(row["latent"])]
         numbers = [_number(row[name]) for name in columns]
         numbers[0] += f" {_interval({'low': row['probe_loss_low'], 'high': row['probe_loss_high']})}"
-        body.append("<tr>" + "".join(f"<td>{c}</td>" for c in [*map(html.escape, cells), *numbers]) + "</tr>")
-    said = "<p>Held-out cross-entropy in nats; for shuffled labels that where the latent was chosen; accuracy; AUC.</p>"
-    return f'<h3>Tasks</h3>{said}<div class="wide"><table><tr>{head}</tr>{"".join(body)}</table></div>'
+        body.append([*map(html.escape, cells), *numbers])
+    said = "Held-out cross-entropy in nats; for shuffled labels that where the latent was chosen; accuracy; AUC."
+    return f"<h3>Tasks</h3><p>{said}</p>{_table(['task', 'pooling', 'n held out', 'latent', *columns.values()], body)}"
+
+
+def _compute_equivalent(facts: dict[str, Any]) -> str:
+    """What the compute equivalent rests on, what the ablations would have, and how far other assumptions move it."""
+    subject = f"the subject's own loss on the curve is {_number(facts['subject_loss'])}"
+    outside = f" (extrapolated: {facts['subject_outside']})" if facts["subject_outside"] else ""
+    answers = "; ".join(f"{name.replace('_', ' ')}: {answer}" for name, answer in facts["answers"].items())
+    said = f"{facts['label'].capitalize()}, by {facts['curve']} ({facts['source']}); {subject}{outside}. {answers}."
+    rows = [
+        [*(html.escape(row[name] or "–") for name in ("law", "anchoring", "path", "changed")), _or_why(row)]
+        for row in facts["sensitivity"]
+    ]
+    table = _table(["law", "anchoring", "path", "changed", "compute equivalent"], rows)
+    summary = "Compute equivalent under other assumptions"
+    return f"<details><summary>{summary}</summary><p>{html.escape(said)}</p>{table}</details>"
+
+
+def _or_why(row: dict[str, Any]) -> str:
+    return html.escape(row["outside"]) if row["value"] is None else _number(row["value"])
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    """A table of cells that are HTML already."""
+    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{"".join(f"<th>{name}</th>" for name in head)}</tr>{lines}</table></div>'
 
 
 def _comparison(evaluations: list[Evaluation]) -> list[str]:
