@@ -10,6 +10,7 @@ claims.json says which claims of the paper hold by these numbers. `experiments/t
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import logging
 import math
@@ -29,7 +30,8 @@ KEPT = Path("results/smollm2-135m-instruct-q4_1/evals")
 TASK_COLUMNS = ("task", "pooling", "n_held_out", "latent", "probe_loss", "probe_loss_train", "probe_loss_null")
 
 
-class Run(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Run:
     """A run's numbers out of metrics.csv."""
 
     name: str
@@ -39,7 +41,7 @@ class Run(NamedTuple):
     tokens: int
     metrics: dict[str, Interval]
 
-    def __getitem__(self, metric: str) -> Interval:  # type: ignore[override]
+    def __getitem__(self, metric: str) -> Interval:
         return self.metrics[metric]
 
 
@@ -75,8 +77,8 @@ def read() -> dict[str, Run]:
     """The runs of metrics.csv by name."""
     found: dict[str, Run] = {}
     for row in _rows("metrics.csv"):
-        size = (int(row[field]) for field in ("n_latents", "k", "tokens_seen"))
-        run = found.setdefault(row["run"], Run(row["run"], row["activation"], *size, {}))
+        n_latents, k, tokens = (int(row[field]) for field in ("n_latents", "k", "tokens_seen"))
+        run = found.setdefault(row["run"], Run(row["run"], row["activation"], n_latents, k, tokens, {}))
         run.metrics[row["metric"]] = Interval(*(float(row[field]) for field in ("value", "low", "high")))
     return found
 
@@ -248,7 +250,7 @@ def _ends(by_size: dict[tuple[int, int], Run], along: int) -> list[tuple[Run, Ru
     least, most = (end(size[along] for size in by_size) if by_size else 0 for end in (min, max))
     others = sorted({size[1 - along] for size in by_size})
     sizes = [tuple((end, other)[:: 1 - 2 * along] for end in (least, most)) for other in others]
-    return [(by_size[a], by_size[b]) for a, b in sizes if a != b and a in by_size and b in by_size]  # type: ignore[index]
+    return [(by_size[a], by_size[b]) for a, b in sizes if a != b and a in by_size and b in by_size]
 
 
 def _probe_losses() -> dict[str, torch.Tensor]:
