@@ -116,6 +116,14 @@ def test_from_dict_refuses_a_value_of_another_type(name: str, value: Any, allowe
         from_dict(TrainConfig, {**to_dict(train()), name: value})
 
 
+def test_from_dict_reads_lists_as_tuples_and_checks_what_is_in_them() -> None:
+    config = HarvestConfig("store", layers=(3, 5))
+    assert from_dict(HarvestConfig, json.loads(json.dumps(to_dict(config)))) == config
+    for wrong, said in ((3, "layers is 3; it must be a JSON list"), ([3, "x"], r"layers\[1\] is 'x'; it must be int")):
+        with pytest.raises(ValueError, match=said):
+            from_dict(HarvestConfig, {**to_dict(config), "layers": wrong})
+
+
 def test_from_dict_refuses_a_mistake_inside_a_stage_of_a_run() -> None:
     data = to_dict(RunConfig())
     data["harvest"]["context_lenght"] = 64

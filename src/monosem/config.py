@@ -481,6 +481,10 @@ def _checked(kind: type, name: str, hint: Any, value: Any) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{kind.__name__}.{name} is {value!r}; it must be a JSON object")
         return {key: _checked(kind, f"{name}.{key}", typing.get_args(hint)[1], entry) for key, entry in value.items()}
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{kind.__name__}.{name} is {value!r}; it must be a JSON list")
+        return tuple(_checked(kind, f"{name}[{i}]", typing.get_args(hint)[0], entry) for i, entry in enumerate(value))
     allowed = typing.get_args(hint) if typing.get_origin(hint) is not None else (hint,)
     if typing.get_origin(hint) is Literal:
         if value not in allowed:
