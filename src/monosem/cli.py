@@ -84,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         logs.end_progress()
         print(f"\nmonosem: {str(stop) or 'stopped; run the same command to go on'}", file=sys.stderr)
         return 130
+    finally:
+        logs.show_progress(False)  # to a caller in this process it belongs to the command
 
 
 def _command(argv: list[str]) -> int:
