@@ -155,3 +155,14 @@ def test_weights_are_kept_latent_by_latent() -> None:
     weights: Weights = autoencoder().weights
     assert weights.encoder.shape == weights.decoder.shape == (40, 12)
     assert weights.encoder.is_contiguous() and weights.decoder.is_contiguous()
+
+
+def test_autograd_sees_through_encode_and_decode() -> None:
+    """A caller who asks for a gradient gets one, not the compiled kernels' values without."""
+    model, x = autoencoder().double(), tokens(5, 12).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: model.decode(model.encode(x)), x)
+    model.float()
+    single = x.detach().float().requires_grad_()
+    model.decode(model.encode(single)).sum().backward()
+    model.double().decode(model.encode(x)).sum().backward()
+    torch.testing.assert_close(single.grad, x.grad.float())  # type: ignore[union-attr]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -118,7 +119,7 @@ class Autoencoder(nn.Module):
         """
         activation, weights = self.config.activation, self.weights
         keeps_k = check_choice(self.config, k, threshold)
-        kernel = kernels.select("auto", weights.decoder.device)[1]
+        kernel = self._kernel(x)
         if threshold is not None:
             return kernel.threshold_encode(x, weights, torch.full_like(weights.latent_bias, threshold))
         if k is not None and keeps_k:
@@ -129,7 +130,14 @@ class Autoencoder(nn.Module):
     def decode(self, latents: SparseLatents) -> Float[Tensor, "batch d_model"]:
         """Normalised reconstructions."""
         weights = self.weights
-        return kernels.select("auto", weights.decoder.device)[1].decode(latents, weights)
+        return self._kernel(latents.values).decode(latents, weights)
+
+    def _kernel(self, x: Tensor) -> ModuleType:
+        """The fastest kernels for fp32; torch's for other dtypes and where autograd watches: it sees these alone."""
+        watched = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in self.weights))
+        if watched or any(t.dtype != torch.float32 for t in (x, *self.weights)):
+            return torch_sparse
+        return kernels.select("auto", self.weights.decoder.device)[1]
 
     def forward(self, raw: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The reconstruction of raw activations, in their own space and dtype."""
