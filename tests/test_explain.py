@@ -16,28 +16,22 @@ import torch
 
 from monosem import explain as explain_function
 from monosem import n2g
-from monosem.activations import ActivationStore, harvest
+from monosem.activations import ActivationStore
 from monosem.artifacts import read_json, write_json
-from monosem.config import ExplainConfig, HarvestConfig, TrainConfig
+from monosem.config import ExplainConfig
 from monosem.explained import ExplainStore
 from monosem.explanations import entry, words
 from monosem.explanations.entry import explain
 from monosem.kernels import reference
 from monosem.model import Autoencoder
 from monosem.subject import Subject
-from monosem.training import train
+from tiny import tiny_run
 
 
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("explained")
-    harvest(
-        HarvestConfig(
-            out=str(out / "store"), model=str(tiny_model), corpus=str(tiny_corpus), context_length=16, n_tokens=2000,
-            n_tokens_held_out=400, held_out_fraction=0.2, dtype="float32", block_contexts=8, device="cpu",
-        )
-    )  # fmt: skip
-    train(TrainConfig(out=str(out), store=str(out / "store"), n_latents=48, k=4, n_tokens=3000, batch_size=100))
+    tiny_run(out, tiny_model, tiny_corpus)
     return out
 
 

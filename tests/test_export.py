@@ -19,13 +19,12 @@ from playwright.sync_api import expect, sync_playwright
 
 from browsing import chromium, visiting
 from monosem import cli, export
-from monosem.activations import harvest
 from monosem.artifacts import read_json
-from monosem.config import ExplainConfig, ExportConfig, HarvestConfig, TrainConfig
+from monosem.config import ExplainConfig, ExportConfig
 from monosem.explained import ExplainStore
 from monosem.explanations.entry import explain
 from monosem.export import sae_viewer, site
-from monosem.training import train
+from tiny import tiny_run
 
 EXPORTED = 12
 
@@ -33,13 +32,7 @@ EXPORTED = 12
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "run"
-    harvest(
-        HarvestConfig(
-            out=str(out / "store"), model=str(tiny_model), corpus=str(tiny_corpus), context_length=16, n_tokens=2000,
-            n_tokens_held_out=400, held_out_fraction=0.2, dtype="float32", block_contexts=8, device="cpu",
-        )
-    )  # fmt: skip
-    train(TrainConfig(out=str(out), store=str(out / "store"), n_latents=48, k=4, n_tokens=3000, batch_size=100))
+    tiny_run(out, tiny_model, tiny_corpus)
     explain(ExplainConfig(run=str(out), n2g=EXPORTED, ablations=4, device="cpu"))
     return out
 

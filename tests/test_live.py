@@ -11,14 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from monosem.activations import harvest
-from monosem.config import HarvestConfig, TrainConfig
 from monosem.kernels import reference
 from monosem.model import Autoencoder
 from monosem.tokens import token_ids
-from monosem.training import train
 from monosem.viewer import live
 from monosem.viewer.live import Edit
+from tiny import tiny_run
 
 TEXT = "the story and the end of the town, in winter"
 
@@ -26,13 +24,7 @@ TEXT = "the story and the end of the town, in winter"
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("live")
-    harvest(
-        HarvestConfig(
-            out=str(out / "store"), model=str(tiny_model), corpus=str(tiny_corpus), context_length=16, n_tokens=2000,
-            n_tokens_held_out=400, held_out_fraction=0.2, dtype="float32", block_contexts=8, device="cpu",
-        )
-    )  # fmt: skip
-    train(TrainConfig(out=str(out), store=str(out / "store"), n_latents=48, k=4, n_tokens=3000, batch_size=100))
+    tiny_run(out, tiny_model, tiny_corpus)
     return out
 
 

@@ -74,6 +74,21 @@ def tiny_texts(n_documents: int, seed: int = 0) -> list[str]:
     return [f"{_sentences(rng, lexicon, weights)} Story {number}." for number in range(n_documents)]
 
 
+def tiny_run(out: Path, model: Path, corpus: Path) -> None:
+    """A store of the subject in out/store, and 48 TopK latents trained on it in `out`: a second or two."""
+    from monosem.activations import harvest
+    from monosem.config import HarvestConfig, TrainConfig
+    from monosem.training import train
+
+    harvest(
+        HarvestConfig(
+            out=str(out / "store"), model=str(model), corpus=str(corpus), context_length=16, n_tokens=2000,
+            n_tokens_held_out=400, held_out_fraction=0.2, dtype="float32", block_contexts=8, device="cpu",
+        )
+    )  # fmt: skip
+    train(TrainConfig(out=str(out), store=str(out / "store"), n_latents=48, k=4, n_tokens=3000, batch_size=100))
+
+
 def _sentences(rng: random.Random, lexicon: list[str], weights: list[float]) -> str:
     n_words = round(3 * 100 ** rng.random())
     words = rng.choices(lexicon, weights, k=n_words)
