@@ -11,22 +11,40 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
+import resource
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import report
+from monosem import artifacts
 from monosem.evals import probes
+
+DEFAULTS = {"n_latents": 65536, "n_texts": 2000, "n_tasks": 61, "d_model": 576, "n_shuffles": 20, "threads": 2}
+GOAL_S = 600
+"""For every latent's probe on every task; what stands beside them is timed apart."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.probes", description=(__doc__ or "").splitlines()[0])
-    defaults = {"n_latents": 65536, "n_texts": 2000, "n_tasks": 61, "d_model": 576, "n_shuffles": 20, "threads": 2}
-    for name, value in {**defaults, "measure": 61}.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    options = parser.parse_args()
+    options = _options()
     torch.set_num_threads(options.threads)
+    before = report.cpu_seconds()
+    found = measure(options)
+    flags = [f"--{name.replace('_', '-')} {getattr(options, name)}" for name in (*DEFAULTS, "measure")]
+    machine = report.machine(options.threads, " ".join(["python -m benchmarks.probes", *flags]))
+    found["machine"] = machine | {"noise": report.noise(before, report.cpu_seconds(), os.times())}
+    name = Path(options.out) / "probes-cpu"
+    artifacts.write_json(name.with_suffix(".json"), found)
+    name.with_suffix(".md").write_text(text(found), "utf-8")
+    print(text(found))
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each part over all tasks that were run, and of how many."""
     measured = min(options.measure, options.n_tasks)
     seconds = dict.fromkeys(("latents", "null", "random directions", "dense"), 0.0)
     latents = probes.random_directions(options.n_latents, options.d_model, seed=0)
@@ -40,13 +58,32 @@ def main() -> None:
         timed(seconds, "null", null, latents, x, labels, moments)
         timed(seconds, "random directions", probes.best_logits, random, x, labels, x)
         timed(seconds, "dense", probes.dense_logits, x, labels, torch.arange(len(x)), x)
-    sizes = (
-        f"{options.n_latents:,} latents, {options.n_texts:,} texts, {options.n_tasks} tasks, {options.threads} threads"
-    )
-    print(f"{sizes}; {failed} probes did not converge")
-    for part, spent in seconds.items():
-        note = "" if measured == options.n_tasks else f" (extrapolated from {measured} tasks)"
-        print(f"{part:<18} {spent * options.n_tasks / measured:8.1f} s{note}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    sizes = {name: getattr(options, name) for name in DEFAULTS}
+    return {**sizes, "measured_tasks": measured, "not_converged": failed, "peak_mib": peak, "seconds": seconds}
+
+
+def text(found: dict[str, Any]) -> str:
+    """The report in Markdown."""
+    machine = found["machine"]
+    others = machine["noise"].get("other_processes")
+    lines = [
+        f"{found['n_latents']:,} latents, {found['n_texts']:,} texts, {found['n_tasks']} tasks, one pooling, "
+        f"from pooled activations; `{machine['command']}`, {machine['date']}, commit {machine['commit']}, {machine['cpus']} CPUs: "
+        f"{machine['cpu']}, torch {machine['versions']['torch']}"
+        + (f"; other processes took {others:.0%} of the CPU time." if others is not None else "."),
+        "",
+        f"{found['not_converged']} of {found['n_latents'] * found['measured_tasks']:,} probes did not converge. "
+        f"At most {found['peak_mib']:,} MiB resident.",
+        "",
+        "| part | seconds | goal |",
+        "| --- | --- | --- |",
+    ]
+    whole = found["n_tasks"] / found["measured_tasks"]
+    note = "" if whole == 1 else f" (extrapolated from {found['measured_tasks']} tasks)"
+    for part, seconds in found["seconds"].items():
+        lines.append(f"| {part} | {seconds * whole:.1f}{note} | {GOAL_S if part == 'latents' else ''} |")
+    return "\n".join(lines) + "\n"
 
 
 def timed(seconds: dict[str, float], part: str, run: Callable[..., Any], *arguments: Any) -> Any:
@@ -64,6 +101,14 @@ def synthetic(n_texts: int, d_model: int, seed: int) -> tuple[torch.Tensor, torc
     x[:, ::2] *= x[:, ::2].abs()
     x[:, ::4] += labels[:, None] * torch.rand(x[:, ::4].shape[1], generator=generator)
     return x * torch.rand(d_model, generator=generator), labels
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.probes", description=(__doc__ or "").splitlines()[0])
+    for name, value in {**DEFAULTS, "measure": 61}.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--out", default=str(Path(__file__).parent / "results"), help="folder of the report")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
