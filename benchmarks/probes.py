@@ -69,8 +69,8 @@ def text(found: dict[str, Any]) -> str:
     others = machine["noise"].get("other_processes")
     lines = [
         f"{found['n_latents']:,} latents, {found['n_texts']:,} texts, {found['n_tasks']} tasks, one pooling, "
-        f"from pooled activations; `{machine['command']}`, {machine['date']}, commit {machine['commit']}, {machine['cpus']} CPUs: "
-        f"{machine['cpu']}, torch {machine['versions']['torch']}"
+        f"from pooled activations; `{machine['command']}`, {machine['date']}, commit {machine['commit']}, "
+        f"{machine['cpus']} CPUs: {machine['cpu']}, torch {machine['versions']['torch']}"
         + (f"; other processes took {others:.0%} of the CPU time." if others is not None else "."),
         "",
         f"{found['not_converged']} of {found['n_latents'] * found['measured_tasks']:,} probes did not converge. "

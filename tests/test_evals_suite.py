@@ -153,11 +153,31 @@ def test_an_autoencoder_from_elsewhere_is_judged_in_the_same_way(told: bool, run
         evaluate(dataclasses.replace(here, store=None), autoencoder=foreign)
 
 
-def test_a_folder_without_tasks_is_said_before_eval_json_is_written(run: EvalConfig, tmp_path: Path) -> None:
-    (Path(run.run) / "eval.json").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match=r"has no \.csv file; give a folder of them"):
-        evaluate(dataclasses.replace(run, tasks=str(tmp_path)))
-    assert not (Path(run.run) / "eval.json").exists()
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, r"has no \.csv file; give a folder of them"),
+        ("sentence,label\na,1\n", "text"),
+        ("text,label\n,1\n", r"x\.csv.*line 2"),
+        ("text,label,group\n" + "".join(f"hello {i},{i % 2},g\n" for i in range(60)), "cannot be halved"),
+    ],
+)
+def test_labelled_texts_that_do_not_serve_are_refused_before_any_work(
+    rows: str | None, message: str, run: EvalConfig, tmp_path: Path
+) -> None:
+    if rows is not None:
+        (tmp_path / "x.csv").write_text(rows)
+    with pytest.raises(ValueError, match=message):
+        evaluate(dataclasses.replace(run, tasks=str(tmp_path), seed=5))
+    assert json.loads((Path(run.run) / "eval/reconstruction.json").read_text())["config"]["seed"] != 5
+
+
+def test_rules_of_every_latent_leave_nothing_real(run: EvalConfig) -> None:
+    metrics = evaluate(dataclasses.replace(run, n2g="all"))["metrics"]
+    assert metrics["n2g_precision"]["n"] == 48
+    assert "48 of 48 latents simulated" in metrics["explanation_kl"]["unit"]
+    zero, mean = metrics["explanation_kl_zero"]["value"], metrics["explanation_kl"]["value"]
+    assert zero != mean
 
 
 @pytest.mark.parametrize("activation", ["relu", "jumprelu"])

@@ -221,6 +221,8 @@ class EvalConfig:
     """Labelled texts of the probes: a folder of .csv files (text,label), hf:NAME, sae-probes-text or gao61."""
     n_tokens_downstream: int = 16_384
     """Held-out tokens on which the subject is run with and without the reconstruction."""
+    n2g: int | Literal["all"] | None = None
+    """Latents whose N2G rules are judged and simulated; default: 32 (quick) or 128 (paper). A second or so each."""
     n_bootstrap: int = 1000
     """Resamples of documents behind each 95% interval."""
     seed: int = 0
@@ -228,6 +230,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "n_tokens_downstream")
+        if self.n2g not in (None, "all"):
+            _at_least(self, 1, "n2g")
         _at_least(self, 20, "n_bootstrap")
         _one_of(self, "suite", Suite)
         _check_seed(self.seed)

@@ -20,7 +20,7 @@ from monosem import artifacts
 from monosem.activations import ActivationStore
 from monosem.config import EvalConfig, to_dict
 from monosem.evals import reconstruction
-from monosem.evals.parts import PARTS, SIZES, Judged, Shared, reconstruction_part
+from monosem.evals.parts import PARTS, SIZES, Judged, Shared, check, reconstruction_part
 from monosem.evals.report import KIND, title
 from monosem.model import Autoencoder
 from monosem.run_folder import autoencoder_folder, open_run, open_store
@@ -60,6 +60,7 @@ def evaluate(
             log.info("%s is already of this autoencoder, store and config; skipped", path)
             return {key: found[key] for key in _REPORT_KEYS}
         judged = Judged(config, autoencoder, store, device, shared)
+        check(judged)
         parts = {name: _part(name, judged, sources) for name in SIZES[config.suite]}
         report = _report(judged, parts)
         artifacts.write_json(path, artifacts.manifest(KIND, settings, sources, **report))
@@ -103,7 +104,7 @@ def on_activations(
 
 def _part(name: str, judged: Judged, sources: dict[str, str]) -> dict[str, Any]:
     """The part's `metrics` and `tables` as JSON data, out of RUN/eval/NAME.json if they are there, else kept there."""
-    config, sizes = judged.config, SIZES[judged.config.suite][name]
+    config, sizes = judged.config, judged.sizes(name)
     fields = ("n_bootstrap", "seed", *_USES.get(name, ()))
     settings = {**{field: getattr(config, field) for field in fields}, "sizes": sizes, "full": config.suite != "basic"}
     path = Path(config.run) / "eval" / f"{name}.json"

@@ -138,6 +138,19 @@ class Judged:
         check_subject(subject, self.store)
         return subject
 
+    def tasks(self, n: int) -> list[tasks.Task]:
+        """At most `n` of the labelled tasks, spread evenly over those of the source."""
+        found = self.shared.tasks(self.config.tasks)
+        return [found[i * len(found) // n] for i in range(n)] if n < len(found) else found
+
+    def sizes(self, part: str) -> dict[str, int]:
+        """How large a part is."""
+        sizes = SIZES[self.config.suite][part]
+        if part == "explainability" and self.config.n2g is not None:
+            n = self.autoencoder.config.n_latents
+            sizes = {**sizes, "n_latents": n if self.config.n2g == "all" else min(self.config.n2g, n)}
+        return sizes
+
     @cached_property
     def held_out(self) -> reconstruction.Tally:
         """The sums over all held-out tokens."""
@@ -179,6 +192,14 @@ class Judged:
         n_contexts = n_blocks * self.store.block_rows // self.store.rows_per_context
         documents = self.store.contexts(split).documents[:n_contexts]
         return clusters_of(documents).repeat_interleave(self.store.rows_per_context)
+
+
+def check(judged: Judged) -> None:
+    """`ValueError` for labelled texts that cannot be read or halved: now, not after minutes of other parts."""
+    if "probes" in SIZES[judged.config.suite] and judged.autoencoder.tells_pre_activations:
+        sizes = judged.sizes("probes")
+        for task in judged.tasks(sizes["n_tasks"]):
+            tasks.split(task, n_texts=sizes["n_texts"], seed=judged.config.seed)
 
 
 def reconstruction_part(judged: Judged) -> Part:
@@ -292,9 +313,7 @@ def probes_part(judged: Judged, n_tasks: int, n_texts: int) -> Part:
     if not judged.autoencoder.tells_pre_activations:
         log.info("probes are left out: this autoencoder does not tell its pre-activations")
         return Part([], {})
-    found = judged.shared.tasks(judged.config.tasks)
-    chosen = [found[i * len(found) // n_tasks] for i in range(n_tasks)] if n_tasks < len(found) else found
-    read = judged.reading_subject, judged.autoencoder, judged.store.site, chosen
+    read = judged.reading_subject, judged.autoencoder, judged.store.site, judged.tasks(n_tasks)
     metrics, rows = probes.metrics(*read, n_texts=n_texts, pooled=judged.shared.pooled, **judged.options)
     return Part(metrics, {"tasks": rows})
 
