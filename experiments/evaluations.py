@@ -4,7 +4,8 @@
 
 Each run is evaluated as by `monosem eval RUN --suite quick` (what is done is not done again), then its numbers go
 to results/smollm2-135m-instruct-q4_1/evals/metrics.csv and its tasks to tasks.csv, in place of older ones of that name.
-claims.json says which claims of the paper hold by these numbers. `experiments/tables.py` shows both.
+claims.json says which claims of the paper hold by these numbers. `experiments/tables.py` shows both. With --complete,
+every latent of one run is explained and simulated; its numbers go to complete.json.
 """
 
 from __future__ import annotations
@@ -60,6 +61,9 @@ def main(folders: list[str]) -> None:
     logging.getLogger("monosem").setLevel(logging.INFO)
     logs.show_progress(True)
     shared = Shared()
+    if folders[0] == "--complete":
+        keep_complete(evaluate(EvalConfig(run=folders[1], suite="quick", n2g="all"), shared))
+        return
     for folder in folders:
         keep(Path(folder).name, evaluate(EvalConfig(run=folder, suite="quick"), shared))
         artifacts.write_json(KEPT / "claims.json", [claim._asdict() for claim in claims(read())])
@@ -71,6 +75,12 @@ def keep(name: str, report: dict[str, Any]) -> None:
     _replace("metrics.csv", name, ({**facts, "metric": metric, **m} for metric, m in report["metrics"].items()))
     tasks = report["tables"]["probes"]["tasks"]
     _replace("tasks.csv", name, ({"run": name, **{column: row[column] for column in TASK_COLUMNS}} for row in tasks))
+
+
+def keep_complete(report: dict[str, Any]) -> None:
+    """The numbers of rules when every latent has one."""
+    metrics = {name: m for name, m in report["metrics"].items() if name.startswith(("n2g_", "explanation_"))}
+    artifacts.write_json(KEPT / "complete.json", {"run": report["run"], "metrics": metrics})
 
 
 def read() -> dict[str, Run]:
@@ -100,6 +110,7 @@ def claims(runs: dict[str, Run]) -> list[Claim]:
         Claim("N2G: recall high, precision low", *_recall_above_precision(runs)),
         Claim("N2G easier with larger n", *_all_of([_change(runs, f"n2g_{s}", 1, along=0) for s in _SCORES])),
         Claim("N2G easier with smaller k", *_all_of([_change(runs, f"n2g_{s}", -1, along=1) for s in _SCORES])),
+        Claim("TopK more monosemantic than ReLU: N2G's precision at equal L0", *_monosemantic(runs)),
         Claim("zero-ablation flatters", *_flatters(runs)),
         Claim("TopK needs no refinement, ReLU + L1 does", *_refinement(runs)),
         Claim("TopK − ReLU: the gap downstream exceeds that in MSE", *_gap(runs)),
@@ -110,6 +121,8 @@ def claims(runs: dict[str, Run]) -> list[Claim]:
 
 _IMPROVE = (("normalized_mse", -1), ("delta_ce", -1), ("kl", -1))
 _SCORES = ("recall", "precision")
+_NEAR = math.log(1.25)
+"""Two L0 are about equal up to this, in logarithms."""
 _HOLDS, _NOT, _UNKNOWN = "holds", "does not hold", "cannot tell"
 
 
@@ -154,7 +167,7 @@ def _probe_change(runs: dict[str, Run], *, along: int) -> tuple[str, str]:
         found = bootstrap(sums, ratio(0, 1), n_resamples=1000, seed=0)
         said.append(f"{label} {_signed(found.value)} [{_signed(found.low)}, {_signed(found.high)}]".strip())
         sign = 1 if label and label == pairs[-1][0] else -1
-        verdicts.append(_verdict(sign * found.value, (found.high - found.low) / 2))
+        verdicts.append(_verdict_of(found, sign))
     return "probe_loss: " + "; ".join(said), _worst(verdicts)
 
 
@@ -176,6 +189,25 @@ def _compared(pairs: list[tuple[Interval, Interval]], names: str) -> tuple[str, 
     half = sum(math.hypot(x.high - x.low, y.high - y.low) / 2 for x, y in pairs) / len(pairs)
     said = f"{names}: {min(a):.3g} to {max(a):.3g} and {min(b):.3g} to {max(b):.3g}"
     return said, _verdict((sum(b) - sum(a)) / len(pairs), half)
+
+
+def _monosemantic(runs: dict[str, Run]) -> tuple[str, str]:
+    """TopK's precision less that of the ReLU of nearest L0, by quantile of activation."""
+    said, verdicts = [], []
+    for topk in grid(runs).values():
+        relu = [r for r in runs.values() if (r.activation, r.n_latents) == ("relu", topk.n_latents)]
+        near = min(relu, key=lambda r: abs(math.log(r["l0"].value / topk["l0"].value)), default=None)
+        if near is None or abs(math.log(near["l0"].value / topk["l0"].value)) > _NEAR:
+            continue
+        found = []
+        for quantile in ("", "_q50", "_q90"):
+            a, b = topk[f"n2g_precision{quantile}"], near[f"n2g_precision{quantile}"]
+            half = math.hypot(a.high - a.low, b.high - b.low) / 2
+            found.append(f"{quantile[1:] or 'all'} {_signed(a.value - b.value)} ± {half:.2g}")
+            verdicts.append(_verdict(a.value - b.value, half))
+        l0 = f"L0 {topk['l0'].value:.0f} and {near['l0'].value:.0f}"
+        said.append(f"n {topk.n_latents:,}, {l0}: {', '.join(found)}")
+    return ("; ".join(said), _worst(verdicts)) if said else ("no runs", _UNKNOWN)
 
 
 def _flatters(runs: dict[str, Run]) -> tuple[str, str]:
@@ -273,6 +305,11 @@ def _worst(verdicts: list[str]) -> str:
 
 def _verdict(towards: float, half: float) -> str:
     return _UNKNOWN if abs(towards) < half else _HOLDS if towards > 0 else _NOT
+
+
+def _verdict_of(change: Interval, sign: int) -> str:
+    low, high = sorted((sign * change.low, sign * change.high))
+    return _HOLDS if low > 0 else _NOT if high < 0 else _UNKNOWN
 
 
 def _mix(a: Interval, b: Interval, share: float) -> float:

@@ -454,6 +454,29 @@ EVALUATIONS = {
 }  # fmt: skip
 
 
+def evals_complete() -> str:
+    """The loss of the subject as more and more latents of one autoencoder take simulated values, up to all of them."""
+    found = json.loads((RESULTS / "evals" / "complete.json").read_text())
+    metrics, run = found["metrics"], found["run"]
+    rows = []
+    for at in ("_at_25", "_at_50", ""):
+        cells = [
+            metrics[f"explanation_{name}{by}{at}"] for name in ("kl", "delta_ce") for by in ("", "_unigram", "_zero")
+        ]
+        simulated = cells[0]["unit"].split(", ")[1].split(" of ")[0] if at else f"{run['n_latents']:,}, all"
+        rows.append([simulated, *(f"{c['value']:.3g} [{c['low']:.3g}, {c['high']:.3g}]" for c in cells)])
+    real = ", ".join(
+        f"{name} {metrics[f'explanation_{key}_real']['value']:.3g}" for name, key in (("KL", "kl"), ("ΔCE", "delta_ce"))
+    )
+    scores = ", ".join(
+        f"{name} {metrics[key]['value']:.3g} [{metrics[key]['low']:.3g}, {metrics[key]['high']:.3g}]"
+        for name, key in (("recall", "n2g_recall"), ("precision", "n2g_precision"))
+    )
+    head = ["latents simulated", "KL", "… by unigram", "… set to 0", "ΔCE", "… by unigram", "… set to 0"]
+    about = f"TopK, {run['n_latents']:,} latents, k = {run['k']}; none simulated: {real}. All rules: {scores}."
+    return f"{about}\n\n{markdown(head, rows)}"
+
+
 def evals_claims() -> str:
     """What the paper says of its autoencoders, and what these say."""
     found = json.loads((RESULTS / "evals" / "claims.json").read_text())
@@ -480,6 +503,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lab_converged_laws": lab_converged_laws,
     "lab_exponents": lab_exponents,
     **{name: functools.partial(evaluations, columns) for name, columns in EVALUATIONS.items()},
+    "evals_complete": evals_complete,
     "evals_claims": evals_claims,
 }
 
