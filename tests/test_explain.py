@@ -271,7 +271,7 @@ def test_probes_come_from_the_evaluation_of_the_same_autoencoder(run: Path, tmp_
 
 def test_what_does_not_fit_in_memory_is_refused_before_it_starts() -> None:
     entry.check_memory(131_072, 64, 3 * 2**30)
-    with pytest.raises(ValueError, match=r"131,072 latents in contexts of 64 tokens take 1\.9 GiB .* 1\.0"):
+    with pytest.raises(ValueError, match=r"131,072 latents in contexts of 64 tokens take 1\.2 GiB .* 1\.0"):
         entry.check_memory(131_072, 64, 2**30)
 
 
