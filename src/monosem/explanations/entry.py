@@ -20,16 +20,15 @@ from monosem.explained import ExplainStore
 from monosem.explanations import collect, effects, rules, words
 from monosem.explanations.job import Job, Of
 from monosem.explanations.lens import lens
-from monosem.explanations.neighbours import by_coactivation, by_decoder
-from monosem.explanations.seen import N_SAMPLE, N_TOP, Seen
+from monosem.explanations.neighbours import by_decoder
+from monosem.explanations.seen import BAND_EACH, N_NEIGHBOURS, N_RANDOM, N_SAMPLE, N_TOP, Seen
 from monosem.logs import progress
 from monosem.run_folder import autoencoder_folder
 from monosem.types import free_memory, resolve_device
 
 log = logging.getLogger("monosem")
 
-N_RANDOM, BAND_EACH = 10, 5
-N_NEIGHBOURS = N_VOTES = 10
+N_VOTES = 10
 PROBES = "eval/probes.json"
 
 
@@ -93,14 +92,8 @@ def _activations(job: Job, of: Of) -> dict[str, Any]:
     seen.add_all(progress(range(job.n_blocks), "explain", "tok", total=job.n_blocks * each, each=each))
     for name, (column, meaning) in seen.moments.columns().items():
         job.writer.write(name, column, meaning)
-    examples = {
-        "top": collect.choose(seen.top, collect.top_slots(seen.top, N_TOP)),
-        "random": collect.choose(seen.sample, collect.top_slots(seen.sample, N_RANDOM)),
-        "quantile": collect.choose(seen.sample, collect.quantile_slots(seen.sample, collect.N_BANDS, BAND_EACH)),
-    }
-    _write_examples(job, examples)
-    tokens, latents = map(np.concatenate, zip(*seen.pairs, strict=True))
-    near = by_coactivation(tokens, latents, job.n_latents, N_NEIGHBOURS)
+    _write_examples(job, seen.examples())
+    near = seen.coactivation()
     meaning = "latents active on the same tokens, likest first; -1 for none"
     job.writer.write("coactivation_neighbours", near.latents, meaning)
     job.writer.write("coactivation_scores", near.score, "their Jaccard index: tokens with both over tokens with either")

@@ -11,11 +11,13 @@ import numpy as np
 
 from monosem.activations import ActivationStore
 from monosem.explanations import collect
+from monosem.explanations.neighbours import Neighbours, by_coactivation
 from monosem.model import Autoencoder
 
-N_TOP = 20
+N_TOP, N_RANDOM, BAND_EACH = 20, 10, 5
 N_SAMPLE = 40
 """Contexts a latent in the uniform sample from which random and quantile examples are chosen."""
+N_NEIGHBOURS = 10
 COACTIVATION_TOKENS = 65_536
 
 
@@ -59,6 +61,20 @@ class Seen:
         self.sample.offer(groups, collect.sample_priority(groups.latent, groups.context, self.seed))
         if block * store.block_rows < COACTIVATION_TOKENS:
             self.pairs.append((rows + block * store.block_rows, latents))
+
+    def examples(self) -> dict[str, dict[str, np.ndarray]]:
+        """By kind, top, random and quantile, the columns of `collect.choose`."""
+        bands = collect.quantile_slots(self.sample, collect.N_BANDS, BAND_EACH)
+        return {
+            "top": collect.choose(self.top, collect.top_slots(self.top, N_TOP)),
+            "random": collect.choose(self.sample, collect.top_slots(self.sample, N_RANDOM)),
+            "quantile": collect.choose(self.sample, bands),
+        }
+
+    def coactivation(self) -> Neighbours:
+        """The latents active on the same tokens, among the first COACTIVATION_TOKENS."""
+        tokens, latents = map(np.concatenate, zip(*self.pairs, strict=True))
+        return by_coactivation(tokens, latents, self.autoencoder.config.n_latents, N_NEIGHBOURS)
 
     def add_all(self, blocks: Iterable[int]) -> None:
         """`encode` and `add` each block; a thread encodes the next one while this one is taken in."""
