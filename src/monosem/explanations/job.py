@@ -14,7 +14,7 @@ from monosem.config import ExplainConfig, to_dict
 from monosem.explained import KIND
 from monosem.explanations import collect
 from monosem.explanations.store import ColumnWriter
-from monosem.run_folder import check_subject, open_run
+from monosem.run_folder import open_run, subject_of
 from monosem.subject import Subject
 from monosem.types import resolve_device
 
@@ -49,19 +49,13 @@ class Job:
 
     @cached_property
     def subject(self) -> Subject:
-        """The subject in float32: small differences of losses drown in bf16 logits."""
-        return self._subject("float32")
+        """For losses and logits."""
+        return subject_of(self.store, "float32", self.config.device)
 
     @cached_property
     def reading_subject(self) -> Subject:
-        """The subject as it was harvested, to read activations off new texts."""
-        return self._subject(self.store.config["dtype"])
-
-    def _subject(self, dtype: str) -> Subject:
-        site = self.store.site
-        subject = Subject.load(site.model, revision=site.revision, dtype=dtype, device=self.config.device)
-        check_subject(subject, self.store)
-        return subject
+        """To read activations off new texts."""
+        return subject_of(self.store, self.store.config["dtype"], self.config.device)
 
     def column(self, name: str) -> np.ndarray:
         """A column of this explanation that a part before has written, memory-mapped."""
