@@ -4,6 +4,7 @@
     seen, collect, neighbours   one pass over activations: all latents
     lens                        what their weights vote for
     rules, effects              N2G rules and ablations: as many latents as are asked for
+    probing                     which labelled tasks each answers best
     words                       what can be searched
     store                       how the folder is read; it and `words` need no torch
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from monosem import artifacts
-from monosem.config import ExplainConfig
+from monosem.config import DEFAULT_CORPUS, ExplainConfig
 from monosem.explained import ExplainStore
-from monosem.explanations import collect, effects, rules, words
+from monosem.explanations import collect, effects, probing, rules, words
 from monosem.explanations.job import Job, Of
 from monosem.explanations.lens import lens
 from monosem.explanations.neighbours import by_decoder
@@ -158,9 +158,12 @@ def _more(wanted: bool, flags: str) -> dict[str, str]:
 
 
 def _probes(job: Job, of: Of) -> dict[str, Any]:
-    """The latents that the evaluation's probes chose: of each its least loss over tasks and poolings."""
+    """Every latent's best tasks; or of the latents that the evaluation's probes chose the least loss over tasks."""
+    if "tasks" in of:
+        return {"n_latents": job.n_latents, "tasks": probing.make(job, job.tasks)}
+    more = f"monosem explain RUN --tasks {DEFAULT_CORPUS}"
     if of["eval"] is None:
-        return {"n_latents": 0, "command": "monosem eval RUN --suite quick && monosem explain RUN"}
+        return {"n_latents": 0, "command": more}
     rows = artifacts.read_json(Path(job.config.run) / PROBES)["tables"]["tasks"]
     names = sorted({row["task"] for row in rows})
     best, task = np.full(job.n_latents, np.nan, np.float32), np.full(job.n_latents, -1, np.int16)
@@ -168,14 +171,21 @@ def _probes(job: Job, of: Of) -> dict[str, Any]:
         best[row["latent"]], task[row["latent"]] = row["probe_loss"], names.index(row["task"])
     job.writer.write("probe_best", best, "least probe loss over tasks, nats a text; NaN where no task chose the latent")
     job.writer.write("probe_task", task, "its task, a row of probe_tasks in the manifest; -1 for none")
-    return {"n_latents": int((task >= 0).sum()), "tasks": names}
+    return {"n_latents": int((task >= 0).sum()), "tasks": names, "command": more}
 
 
 def _of_probes(job: Job) -> Of:
-    """The hash of the evaluation's table of probes, None when there is none of this autoencoder and store."""
+    """The tasks asked for, or those there; else the hash of the evaluation's table of probes of this autoencoder and
+    store, None when there is none.
+    """
+    if job.config.tasks is not None:
+        return probing.facts(job.tasks, job.config.seed)
+    there = job.computed.get("probes", {}).get("of", {})
+    if there.get("seed") == job.config.seed and "tasks" in there:
+        return there
     path = Path(job.config.run) / PROBES
-    there = path.exists() and artifacts.read_json(path).get("sources") == job.sources
-    return {"eval": artifacts.sha256_file(path) if there else None}
+    evaluated = path.exists() and artifacts.read_json(path).get("sources") == job.sources
+    return {"eval": artifacts.sha256_file(path) if evaluated else None}
 
 
 def _words(job: Job, of: Of) -> dict[str, Any]:
