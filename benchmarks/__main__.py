@@ -1,4 +1,4 @@
-"""`python -m benchmarks train|harvest`: time ours and the peers, print the table, write CSV, Markdown and JSON."""
+"""`python -m benchmarks train|harvest|explain`: time ours (and the peers), print the table, write CSV, Markdown."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from benchmarks import harvest, report, train
+from benchmarks import explain, harvest, report, train
 
+STAGES = {"train": train, "harvest": harvest, "explain": explain}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -20,7 +21,7 @@ def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     level = logging.DEBUG if options.verbose else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    stage = train if options.benchmark == "train" else harvest
+    stage = STAGES[options.benchmark]
     facts = report.machine(options.threads, _command(options, arguments))
     before = report.cpu_seconds()
     try:
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = top.add_subparsers(dest="benchmark", required=True)
-    for name, stage in (("train", train), ("harvest", harvest)):
+    for name, stage in STAGES.items():
         command = commands.add_parser(name, help=(stage.__doc__ or "").splitlines()[0])
         stage.add_arguments(command)
         command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

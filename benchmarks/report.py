@@ -14,6 +14,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from benchmarks import explain
 from benchmarks.environments import PEERS
 from benchmarks.steps import OURS, VARIANTS
 from benchmarks.streams import ABOUT, OURS_HARVEST
@@ -58,14 +59,17 @@ _AT_MOST = ("cost", "memory")
 
 
 def is_ours(name: str) -> bool:
-    return name.partition("+")[0] in OURS or name in OURS_HARVEST
+    return name.partition("+")[0] in OURS or name in (*OURS_HARVEST, "monosem")
 
 
 def markdown(benchmark: str, rows: list[dict[str, Any]], facts: dict[str, Any], options: argparse.Namespace) -> str:
     """The whole report."""
-    title = "A training step" if benchmark == "train" else "Activations of a language model"
-    lines = [f"# {title}: monosem and its peers", "", *_facts_lines(facts, options)]
-    body = _train_lines if benchmark == "train" else _harvest_lines
+    title, body = {
+        "train": ("A training step: monosem and its peers", _train_lines),
+        "harvest": ("Activations of a language model: monosem and its peers", _harvest_lines),
+        "explain": ("Explaining all latents beside the harvest", explain.lines),
+    }[benchmark]
+    lines = [f"# {title}", "", *_facts_lines(facts, options)]
     return "\n".join([*lines, *body(rows, options)]) + "\n"
 
 

@@ -18,6 +18,7 @@ import torch
 
 from monosem.kernels import native_is_built, torch_sparse
 from monosem.types import SparseLatents, Weights
+from tiny import tiny_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {"n_latents": 96, "d_model": 16, "k": 4, "batch": 64, "device": "cpu"}
@@ -212,6 +213,23 @@ def test_probes_says_what_it_extrapolated(monkeypatch: pytest.MonkeyPatch, capsy
     printed = capsys.readouterr().out
     assert "64 latents, 40 texts, 6 tasks" in printed and "0 probes did not converge" in printed
     assert printed.count("(extrapolated from 1 tasks)") == 4
+
+
+def test_explain_times_the_pass_beside_the_harvest(
+    tiny_model: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_run(tmp_path / "run", tiny_model, tiny_corpus)
+    activations = importlib.import_module("monosem.activations")
+    plain = activations.capture_block  # compiling takes too long here
+    monkeypatch.setattr(activations, "capture_block", lambda *read, compiled=False: plain(*read))
+    options = ["--latents", "32,64", "--k", "4", "--steps", "2", "--blocks", "2", "--threads", "1"]
+    options += ["--store", str(tmp_path / "run" / "store"), "--out", str(tmp_path)]
+    assert module("__main__").main(["explain", *options]) == 0
+    with (tmp_path / "explain-cpu.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["n_latents"] for row in rows] == ["32", "64"]
+    assert all(float(row["whole_over_plain"]) > 1 and float(row["once_s"]) > 0 for row in rows)
+    assert module("__main__").main(["explain", *options, "--steps", "1000"]) == 2
 
 
 def test_the_viewer_answers_all_that_its_benchmark_asks(tmp_path: Path) -> None:

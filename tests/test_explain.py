@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from monosem import n2g
 from monosem.activations import ActivationStore
 from monosem.artifacts import read_json, write_json
 from monosem.config import ExplainConfig
+from monosem.evals import probes, tasks
 from monosem.explained import ExplainStore
 from monosem.explanations import entry, words
 from monosem.explanations.entry import explain
@@ -254,7 +256,7 @@ def test_probes_come_from_the_evaluation_of_the_same_autoencoder(run: Path, tmp_
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("explain"))
     config = ExplainConfig(run=str(tmp_path / "run"), n2g=0, ablations=0, device="cpu")
     first = explain(config)
-    assert "probe_best" not in first and "eval" in first.manifest["computed"]["probes"]["command"]
+    assert "probe_best" not in first and "--tasks" in first.manifest["computed"]["probes"]["command"]
     assert "n2g_recall" not in first and first.manifest["computed"]["n2g"]["n_latents"] == 0
     rows = [("b", 3, 0.5), ("a", 3, 0.25), ("a", 7, 0.125)]
     table = [{"task": task, "latent": latent, "probe_loss": loss} for task, latent, loss in rows]
@@ -269,9 +271,51 @@ def test_probes_come_from_the_evaluation_of_the_same_autoencoder(run: Path, tmp_
     assert np.isnan(best).sum() == 46
 
 
+def test_tasks_probe_every_latent_on_held_out_texts(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("explain"))
+    (tmp_path / "sets").mkdir()
+    for name, word in (("ends", "end"), ("starts", "start"), ("odd", "odd"), ("even", "even")):
+        rows = [f"{(i * 7919) % 997} {word if i % 3 else 'the story'} {i},{i % 3 > 0}" for i in range(90)]
+        (tmp_path / "sets" / f"{name}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    config = ExplainConfig(run=str(tmp_path / "run"), n2g=0, ablations=0, device="cpu")
+    found = explain(dataclasses.replace(config, tasks=str(tmp_path / "sets")))
+    names, which = found.manifest["probe_tasks"], found.column("probe_top_task")
+    assert names == ["ends", "even", "odd", "starts"] and (which[:, 0] >= 0).all()
+    assert np.array_equal(found.column("probe_task"), which[:, 0])
+    assert all(len(set(row)) == 3 for row in which.tolist())
+
+    autoencoder, store = Autoencoder.load(tmp_path / "run" / "autoencoder"), ActivationStore.open(run / "store")
+    subject, weights = Subject.load(str(store.site.model), dtype="float32", device="cpu"), autoencoder.weights
+    gains = np.zeros((48, 4))
+    for i, task in enumerate(tasks.load(str(tmp_path / "sets"))):
+        train, held_out = tasks.split(task, n_texts=500, seed=0)
+        x = probes.pool(subject, autoencoder, store.site, task.texts, max_tokens=128).by_pooling["mean"]
+        z = ((x - weights.pre_bias) @ weights.encoder.T + weights.latent_bias).T
+        y = torch.tensor(task.labels).bool()
+        share, fit = float(y[train].float().mean()), probes.fit(z[:, train], y[train])
+        gains[:, i] = -share * np.log(share) - (1 - share) * np.log(1 - share) - fit.loss.numpy()
+        logits = fit.weight[:, None] * z[:, held_out] + fit.bias[:, None]
+        loss = torch.nn.functional.softplus(torch.where(y[held_out], -logits, logits)).mean(1)
+        ones, zeros = logits[:, y[held_out], None], logits[:, None, ~y[held_out]]
+        auc = ((ones > zeros).double() + (ones == zeros).double() / 2).mean((1, 2))
+        latents, places = np.nonzero(which == i)
+        assert len(latents)
+        assert np.allclose(found.column("probe_top_loss")[latents, places], loss[latents], atol=1e-4)
+        assert np.allclose(found.column("probe_top_auc")[latents, places], auc[latents], atol=0.01)
+    kept = np.take_along_axis(gains, which.astype(int), axis=1)
+    assert (np.diff(kept) <= 1e-5).all() and np.allclose(kept, -np.sort(-gains)[:, :3], atol=1e-5)
+
+    monkeypatch.setattr(entry.probing, "make", None)  # what is there stays, asked for again or not
+    for again in (config, dataclasses.replace(config, tasks=str(tmp_path / "sets"))):
+        assert explain(again).manifest["computed"]["probes"] == found.manifest["computed"]["probes"]
+    (tmp_path / "sets" / "odd.csv").unlink()
+    with pytest.raises(TypeError):  # other tasks are probed again
+        explain(dataclasses.replace(config, tasks=str(tmp_path / "sets")))
+
+
 def test_what_does_not_fit_in_memory_is_refused_before_it_starts() -> None:
     entry.check_memory(131_072, 64, 3 * 2**30)
-    with pytest.raises(ValueError, match=r"131,072 latents in contexts of 64 tokens take 1\.9 GiB .* 1\.0"):
+    with pytest.raises(ValueError, match=r"131,072 latents in contexts of 64 tokens take 1\.2 GiB .* 1\.0"):
         entry.check_memory(131_072, 64, 2**30)
 
 

@@ -338,6 +338,9 @@ class ExplainConfig:
     there, and 0 makes none."""
     ablations: int | Literal["all"] = 32
     """Latents ablated at the peaks of their strongest examples; the first of those with rules. 0 for none."""
+    tasks: str | None = None
+    """Labelled texts, as of `monosem eval`, on which every latent is probed (minutes); default: the numbers of those
+    latents that the evaluation's probes chose, or what is there."""
     seed: int = 0
     """Which contexts are drawn as random and quantile examples, and which latents get rules and ablations."""
     device: str = "auto"

@@ -105,6 +105,23 @@ def _check_unseen(store: ActivationStore, provenance: dict[str, Any]) -> None:
     )
 
 
+def subject_of(
+    store: ActivationStore, dtype: str, device: str, loaded: dict[tuple[Any, ...], Subject] | None = None
+) -> Subject:
+    """The subject that the store was made with, out of `loaded` if it is there, else kept there.
+
+    In `store.config["dtype"]` it reads what was harvested; losses want float32, as small differences drown in bf16
+    logits. `ValueError` when it is not the same any more.
+    """
+    loaded = {} if loaded is None else loaded
+    site = store.site
+    key = site.model, site.revision, dtype, device
+    if key not in loaded:
+        loaded[key] = Subject.load(site.model, revision=site.revision, dtype=dtype, device=device)
+    check_subject(loaded[key], store)
+    return loaded[key]
+
+
 def check_subject(subject: Subject, store: ActivationStore) -> None:
     """`ValueError` unless the model that loads under the store's name is still the one it was made with."""
     for source, found, differ in (

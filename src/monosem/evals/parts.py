@@ -35,9 +35,9 @@ from monosem.evals.bootstrap import clusters_of
 from monosem.logs import progress
 from monosem.model import Autoencoder
 from monosem.n2g import LatentReader
-from monosem.run_folder import check_subject
+from monosem.run_folder import subject_of
 from monosem.subject import Subject
-from monosem.types import Metric, Site
+from monosem.types import Metric
 
 log = logging.getLogger("monosem")
 
@@ -92,15 +92,9 @@ class Shared:
     """What the evaluations of one process have in common: subjects, tasks and the activations of their texts."""
 
     def __init__(self) -> None:
-        self._subjects: dict[tuple[Any, ...], Subject] = {}
+        self.subjects: dict[tuple[Any, ...], Subject] = {}
         self._tasks: dict[str, list[tasks.Task]] = {}
         self.pooled: dict[tuple[Any, ...], probes.Pooled] = {}
-
-    def subject(self, site: Site, dtype: str, device: str) -> Subject:
-        key = site.model, site.revision, dtype, device
-        if key not in self._subjects:
-            self._subjects[key] = Subject.load(site.model, revision=site.revision, dtype=dtype, device=device)
-        return self._subjects[key]
 
     def tasks(self, source: str) -> list[tasks.Task]:
         if source not in self._tasks:
@@ -125,18 +119,13 @@ class Judged:
 
     @cached_property
     def subject(self) -> Subject:
-        """The subject in float32, checked to be the store's: small differences of losses drown in bf16 logits."""
-        return self._subject("float32")
+        """For losses and logits."""
+        return subject_of(self.store, "float32", self.config.device, self.shared.subjects)
 
     @cached_property
     def reading_subject(self) -> Subject:
-        """The subject as it was harvested, to read activations off new texts."""
-        return self._subject(self.store.config["dtype"])
-
-    def _subject(self, dtype: str) -> Subject:
-        subject = self.shared.subject(self.store.site, dtype, self.config.device)
-        check_subject(subject, self.store)
-        return subject
+        """To read activations off new texts."""
+        return subject_of(self.store, self.store.config["dtype"], self.config.device, self.shared.subjects)
 
     def tasks(self, n: int) -> list[tasks.Task]:
         """At most `n` of the labelled tasks, spread evenly over those of the source."""

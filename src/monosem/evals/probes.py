@@ -276,6 +276,43 @@ def best_latents(
     return found, shuffled(latents, x, y, moments, n_shuffles=n_shuffles, seed=options["seed"])
 
 
+class OfEach(NamedTuple):
+    """What the probe of each latent tells."""
+
+    gain: Float[Tensor, " n_latents"]
+    """Entropy of the labels less the probe's loss, on the texts fitted, nats."""
+    loss: Float[Tensor, " n_latents"]
+    """Cross-entropy on the held-out texts, nats."""
+    auc: Float[Tensor, " n_latents"]
+    """On the held-out texts, ties counting half."""
+
+
+@torch.no_grad()
+def of_each(
+    autoencoder: Autoencoder,
+    x: Float[Tensor, "n_train d_model"],
+    labels: Bool[Tensor, " n_train"],
+    x_held_out: Float[Tensor, "n_held_out d_model"],
+    labels_held_out: Bool[Tensor, " n_held_out"],
+) -> OfEach:
+    """The probe of every latent, fitted on one half of the texts and judged on the other, without intervals."""
+    latents = _latents(autoencoder)
+    fits, _ = fit_all(latents, x, labels)
+    losses, aucs = [], []
+    n_ones = int(labels_held_out.sum())
+    n_pairs = n_ones * (len(labels_held_out) - n_ones)
+    rows = torch.arange(len(fits.loss)).split(_DIRECTIONS_AT_ONCE)
+    for values, at in zip(_values(latents, x_held_out), rows, strict=True):
+        weight, bias = fits.weight[at, None].to(values), fits.bias[at, None].to(values)
+        losses.append(_cross_entropy(weight * values + bias, labels_held_out).mean(1))
+        ranked = (values * weight.sign()).contiguous()
+        rising = ranked.sort(dim=1).values
+        below, up_to = (torch.searchsorted(rising, ranked, right=right) for right in (False, True))
+        ranks = (below + up_to + 1)[:, labels_held_out].double().sum(1) / 2
+        aucs.append((ranks - n_ones * (n_ones + 1) / 2) / n_pairs)
+    return OfEach((_entropy(labels) - fits.loss).float(), torch.cat(losses).float(), torch.cat(aucs).float())
+
+
 def fit(values: Float[Tensor, "n_rows n_texts"], labels: Bool[Tensor, " n_texts"]) -> Fit:
     """The logistic probe of each row of values, by Newton-Raphson with step halving, in the dtype of the values.
 

@@ -15,25 +15,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from monosem import artifacts
-from monosem.activations import ActivationStore
-from monosem.config import ExplainConfig
+from monosem.config import DEFAULT_CORPUS, ExplainConfig
 from monosem.explained import ExplainStore
-from monosem.explanations import collect, effects, rules, words
+from monosem.explanations import collect, effects, probing, rules, words
 from monosem.explanations.job import Job, Of
 from monosem.explanations.lens import lens
-from monosem.explanations.neighbours import by_coactivation, by_decoder
+from monosem.explanations.neighbours import by_decoder
+from monosem.explanations.seen import BAND_EACH, N_NEIGHBOURS, N_RANDOM, N_SAMPLE, N_TOP, Seen
 from monosem.logs import progress
-from monosem.model import Autoencoder
 from monosem.run_folder import autoencoder_folder
 from monosem.types import free_memory, resolve_device
 
 log = logging.getLogger("monosem")
 
-N_TOP, N_RANDOM, BAND_EACH = 20, 10, 5
-N_SAMPLE = 40
-"""Contexts a latent in the uniform sample from which random and quantile examples are chosen."""
-N_NEIGHBOURS = N_VOTES = 10
-COACTIVATION_TOKENS = 65_536
+N_VOTES = 10
 PROBES = "eval/probes.json"
 
 
@@ -90,29 +85,15 @@ def _weights(job: Job, of: Of) -> dict[str, Any]:
     return {"n_latents": job.n_latents}
 
 
-class _Pass(NamedTuple):
-    """What one pass over the activations leaves."""
-
-    moments: collect.Moments
-    top: collect.Kept
-    sample: collect.Kept
-    pairs: tuple[np.ndarray, np.ndarray]
-    """Active (token, latent) pairs of the first COACTIVATION_TOKENS tokens, sorted by token."""
-
-
 def _activations(job: Job, of: Of) -> dict[str, Any]:
     """Statistics, examples, and neighbours by activation."""
     check_memory(job.n_latents, job.store.context_length, free_memory(resolve_device("cpu")))
-    seen = _pass(job.config, job.autoencoder, job.store, job.n_blocks)
+    seen, each = Seen(job.autoencoder, job.store, job.config.seed), job.store.block_rows
+    seen.add_all(progress(range(job.n_blocks), "explain", "tok", total=job.n_blocks * each, each=each))
     for name, (column, meaning) in seen.moments.columns().items():
         job.writer.write(name, column, meaning)
-    examples = {
-        "top": collect.choose(seen.top, collect.top_slots(seen.top, N_TOP)),
-        "random": collect.choose(seen.sample, collect.top_slots(seen.sample, N_RANDOM)),
-        "quantile": collect.choose(seen.sample, collect.quantile_slots(seen.sample, collect.N_BANDS, BAND_EACH)),
-    }
-    _write_examples(job, examples)
-    near = by_coactivation(*seen.pairs, job.n_latents, N_NEIGHBOURS)
+    _write_examples(job, seen.examples())
+    near = seen.coactivation()
     meaning = "latents active on the same tokens, likest first; -1 for none"
     job.writer.write("coactivation_neighbours", near.latents, meaning)
     job.writer.write("coactivation_scores", near.score, "their Jaccard index: tokens with both over tokens with either")
@@ -122,37 +103,16 @@ def _activations(job: Job, of: Of) -> dict[str, Any]:
 def check_memory(n_latents: int, context_length: int, free: int) -> None:
     """`ValueError` when what the pass holds does not fit in `free` bytes.
 
-    Kept contexts, their columns and the sums: n (60 (18 + 2 ctx) + 50 (6 + 2 ctx) + 200) bytes, 2.0 GiB for 131,072
-    latents and contexts of 64. The autoencoder (8 n d_model) is in memory already.
+    Kept contexts, their columns and the sums: n (60 (28 + 16) + 50 (6 + 2 ctx) + 220) bytes, 1.2 GiB for 131,072
+    latents and contexts of 64; 16 for two activations in each. The autoencoder (8 n d_model) is in memory already.
     """
     n_kept, n_chosen = N_TOP + N_SAMPLE, N_TOP + N_RANDOM + collect.N_BANDS * BAND_EACH
-    needed = n_latents * (n_kept * (18 + 2 * context_length) + n_chosen * (6 + 2 * context_length) + 200)
+    needed = n_latents * (n_kept * (28 + 16) + n_chosen * (6 + 2 * context_length) + 220)
     if needed > free:
         raise ValueError(
             f"the examples of {n_latents:,} latents in contexts of {context_length} tokens take {needed / 2**30:.1f} "
             f"GiB of memory, but {free / 2**30:.1f} GiB are free; free some, or harvest shorter contexts for them"
         )
-
-
-def _pass(config: ExplainConfig, autoencoder: Autoencoder, store: ActivationStore, n_blocks: int) -> _Pass:
-    n, ctx = autoencoder.config.n_latents, store.context_length
-    moments, top, sample = collect.Moments(n), collect.Kept(n, N_TOP, ctx), collect.Kept(n, N_SAMPLE, ctx)
-    pairs: list[tuple[np.ndarray, np.ndarray]] = []
-    for block in progress(range(n_blocks), "explain", "tok", total=n_blocks * store.block_rows, each=store.block_rows):
-        x, _ = autoencoder.normalize(store.block("train", block).to(autoencoder.weights.pre_bias.device))
-        found = autoencoder.encode(x)
-        indices, values = found.indices.cpu().numpy(), found.values.cpu().numpy()
-        rows, slots = np.nonzero(values > 0)
-        latents, active = indices[rows, slots], values[rows, slots]
-        contexts, positions = np.divmod(rows, store.rows_per_context)
-        moments.add(latents, active, len(values))
-        first = block * store.config["block_contexts"]
-        groups = collect.groups_of(latents, contexts + first, positions + store.first_position, active)
-        top.offer(groups, groups.peak.astype(np.float64))
-        sample.offer(groups, collect.sample_priority(groups.latent, groups.context, config.seed))
-        if block * store.block_rows < COACTIVATION_TOKENS:
-            pairs.append((rows + block * store.block_rows, latents))
-    return _Pass(moments, top, sample, (np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])))
 
 
 def _write_examples(job: Job, examples: dict[str, dict[str, np.ndarray]]) -> None:
@@ -198,9 +158,12 @@ def _more(wanted: bool, flags: str) -> dict[str, str]:
 
 
 def _probes(job: Job, of: Of) -> dict[str, Any]:
-    """The latents that the evaluation's probes chose: of each its least loss over tasks and poolings."""
+    """Every latent's best tasks; or of the latents that the evaluation's probes chose the least loss over tasks."""
+    if "tasks" in of:
+        return {"n_latents": job.n_latents, "tasks": probing.make(job, job.tasks)}
+    more = f"monosem explain RUN --tasks {DEFAULT_CORPUS}"
     if of["eval"] is None:
-        return {"n_latents": 0, "command": "monosem eval RUN --suite quick && monosem explain RUN"}
+        return {"n_latents": 0, "command": more}
     rows = artifacts.read_json(Path(job.config.run) / PROBES)["tables"]["tasks"]
     names = sorted({row["task"] for row in rows})
     best, task = np.full(job.n_latents, np.nan, np.float32), np.full(job.n_latents, -1, np.int16)
@@ -208,14 +171,21 @@ def _probes(job: Job, of: Of) -> dict[str, Any]:
         best[row["latent"]], task[row["latent"]] = row["probe_loss"], names.index(row["task"])
     job.writer.write("probe_best", best, "least probe loss over tasks, nats a text; NaN where no task chose the latent")
     job.writer.write("probe_task", task, "its task, a row of probe_tasks in the manifest; -1 for none")
-    return {"n_latents": int((task >= 0).sum()), "tasks": names}
+    return {"n_latents": int((task >= 0).sum()), "tasks": names, "command": more}
 
 
 def _of_probes(job: Job) -> Of:
-    """The hash of the evaluation's table of probes, None when there is none of this autoencoder and store."""
+    """The tasks asked for, or those there; else the hash of the evaluation's table of probes of this autoencoder and
+    store, None when there is none.
+    """
+    if job.config.tasks is not None:
+        return probing.facts(job.tasks, job.config.seed)
+    there = job.computed.get("probes", {}).get("of", {})
+    if there.get("seed") == job.config.seed and "tasks" in there:
+        return there
     path = Path(job.config.run) / PROBES
-    there = path.exists() and artifacts.read_json(path).get("sources") == job.sources
-    return {"eval": artifacts.sha256_file(path) if there else None}
+    evaluated = path.exists() and artifacts.read_json(path).get("sources") == job.sources
+    return {"eval": artifacts.sha256_file(path) if evaluated else None}
 
 
 def _words(job: Job, of: Of) -> dict[str, Any]:

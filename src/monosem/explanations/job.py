@@ -11,14 +11,16 @@ import numpy as np
 
 from monosem import artifacts
 from monosem.config import ExplainConfig, to_dict
+from monosem.evals import tasks
+from monosem.evals.tasks import Task
 from monosem.explained import KIND
 from monosem.explanations import collect
 from monosem.explanations.store import ColumnWriter
-from monosem.run_folder import check_subject, open_run
+from monosem.run_folder import open_run, subject_of
 from monosem.subject import Subject
 from monosem.types import resolve_device
 
-_MAY_CHANGE = ("run", "store", "device")
+_MAY_CHANGE = ("run", "store", "device", "tasks")
 
 Of = dict[str, Any]
 """On what the result of a part depends, beside the autoencoder and the store."""
@@ -49,19 +51,21 @@ class Job:
 
     @cached_property
     def subject(self) -> Subject:
-        """The subject in float32: small differences of losses drown in bf16 logits."""
-        return self._subject("float32")
+        """For losses and logits."""
+        return subject_of(self.store, "float32", self.config.device)
 
     @cached_property
     def reading_subject(self) -> Subject:
-        """The subject as it was harvested, to read activations off new texts."""
-        return self._subject(self.store.config["dtype"])
+        """To read activations off new texts."""
+        return subject_of(self.store, self.store.config["dtype"], self.config.device)
 
-    def _subject(self, dtype: str) -> Subject:
-        site = self.store.site
-        subject = Subject.load(site.model, revision=site.revision, dtype=dtype, device=self.config.device)
-        check_subject(subject, self.store)
-        return subject
+    @cached_property
+    def tasks(self) -> list[Task]:
+        """The labelled texts asked for."""
+        if not self.autoencoder.tells_pre_activations:
+            raise ValueError("tasks are given, but this autoencoder does not tell its pre-activations; leave them out")
+        assert self.config.tasks is not None
+        return tasks.load(self.config.tasks)
 
     def column(self, name: str) -> np.ndarray:
         """A column of this explanation that a part before has written, memory-mapped."""

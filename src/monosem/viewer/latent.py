@@ -65,10 +65,10 @@ def statistics(run: Run, latent: int) -> list[dict[str, Any]]:
             {"name": name, "label": about.label, "meaning": about.meaning, "value": value, "undefined": silent,
              "command": None if value is not None or silent else run.command(about.part)}
         )  # fmt: skip
-    task = run.column("probe_task")
+    best = run.column("probe_task" if run.column("probe_top_task") is None else "probe_top_task")
     tasks = run.explanation.manifest.get("probe_tasks", []) if run.explanation is not None else []
-    if task is not None and 0 <= int(task[latent]) < len(tasks):
-        next(s for s in found if s["name"] == "probe_best")["task"] = tasks[int(task[latent])]
+    if named := [] if best is None else [tasks[i] for i in best[latent].reshape(-1) if 0 <= i < len(tasks)]:
+        next(s for s in found if s["name"] == "probe_best")["task"] = ", ".join(named)
     return found
 
 

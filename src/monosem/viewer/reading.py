@@ -44,6 +44,7 @@ COLUMNS = {
     "n2g_precision": Column("N2G precision", "of the tokens the rule predicts, the share on which it fires", "n2g"),
     "n2g_density": Column("N2G density", "share of the held-out tokens on which it fires", "n2g"),
     "probe_best": Column("probe loss", "lowest loss of a one-latent probe, over the tasks; lower is better", "probes"),
+    "probe_auc": Column("probe AUC", "held-out AUC of that probe, 0.5 by chance; higher is better", "probes"),
     "ablation_sparsity": Column(
         "ablation sparsity", "share of the later logits that it moves when taken out; 1 when all alike", "ablations"
     ),
