@@ -16,10 +16,10 @@ demo: install
 	@$(BIN)/monosem explain runs/demo
 	@echo "to look at it: $(BIN)/monosem serve runs/demo"
 
-# Every metric of the paper, and rules and effects of more latents: half an hour more, for pages without gaps.
+# Every metric of the paper, and rules, effects and labelled tasks of more latents: half an hour more, for pages without gaps.
 demo-full: demo
 	@$(BIN)/monosem eval runs/demo --suite quick
-	@$(BIN)/monosem explain runs/demo --n2g 1024 --ablations 256
+	@$(BIN)/monosem explain runs/demo --n2g 1024 --ablations 256 --tasks gao61
 	@echo "to look at it: $(BIN)/monosem serve runs/demo"
 
 test: .venv/installed-dev

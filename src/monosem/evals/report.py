@@ -347,7 +347,7 @@ def _explained(quantity: str, metrics: dict[str, dict[str, Any]]) -> Picture | N
 
 def _series(label: str, x: list[float], metrics: list[dict[str, Any]], colour: int) -> Series:
     value, low, high = ([m[field] for m in metrics] for field in ("value", "low", "high"))
-    return Series(label, x, value, "curve", colour, low, high)
+    return Series(label, x, value, "curve" if len(set(x)) == len(x) else "points", colour, low, high)
 
 
 def _charts(pictures: list[Picture], prefix: str) -> str:
