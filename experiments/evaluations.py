@@ -28,6 +28,7 @@ from monosem.evals import Shared, evaluate
 from monosem.evals.bootstrap import Interval, bootstrap, ratio
 
 KEPT = Path("results/smollm2-135m-instruct-q4_1/evals")
+FACTS = ("activation", "n_latents", "k", "tokens_seen")
 TASK_COLUMNS = ("task", "pooling", "n_held_out", "latent", "probe_loss", "probe_loss_train", "probe_loss_null")
 
 
@@ -71,7 +72,7 @@ def main(folders: list[str]) -> None:
 
 def keep(name: str, report: dict[str, Any]) -> None:
     """Put the report's numbers and tasks into the two files."""
-    facts = {"run": name, **{field: report["run"][field] for field in ("activation", "n_latents", "k", "tokens_seen")}}
+    facts = {"run": name, **{field: report["run"][field] for field in FACTS}}
     _replace("metrics.csv", name, ({**facts, "metric": metric, **m} for metric, m in report["metrics"].items()))
     tasks = report["tables"]["probes"]["tasks"]
     _replace("tasks.csv", name, ({"run": name, **{column: row[column] for column in TASK_COLUMNS}} for row in tasks))
@@ -80,7 +81,7 @@ def keep(name: str, report: dict[str, Any]) -> None:
 def keep_complete(report: dict[str, Any]) -> None:
     """The numbers of rules when every latent has one."""
     metrics = {name: m for name, m in report["metrics"].items() if name.startswith(("n2g_", "explanation_"))}
-    artifacts.write_json(KEPT / "complete.json", {"run": report["run"], "metrics": metrics})
+    artifacts.write_json(KEPT / "complete.json", {"run": {field: report["run"][field] for field in FACTS}, "metrics": metrics})
 
 
 def read() -> dict[str, Run]:
