@@ -81,7 +81,9 @@ def keep(name: str, report: dict[str, Any]) -> None:
 def keep_complete(report: dict[str, Any]) -> None:
     """The numbers of rules when every latent has one."""
     metrics = {name: m for name, m in report["metrics"].items() if name.startswith(("n2g_", "explanation_"))}
-    artifacts.write_json(KEPT / "complete.json", {"run": {field: report["run"][field] for field in FACTS}, "metrics": metrics})
+    artifacts.write_json(
+        KEPT / "complete.json", {"run": {field: report["run"][field] for field in FACTS}, "metrics": metrics}
+    )
 
 
 def read() -> dict[str, Run]:
