@@ -27,8 +27,9 @@ async function goAnywhere() {
 async function showLatent() {
   const tab = document.getElementById(`tab-${state.get("show")}`);
   if (state.get("text") === "full") document.getElementById("full")?.click();
+  document.querySelector(`[data-effect="${state.get("effect") === "loss" ? "loss" : "kl"}"]`)?.click();
   tab?.click();
-  document.getElementById("up").href = address("../latents.html", { show: null, text: null });
+  document.getElementById("up").href = address("../latents.html", { show: null, text: null, effect: null });
   const data = await load("latents");
   const found = select(data);
   const here = Number(/(\d+)\.html$/.exec(location.pathname)[1]);
