@@ -189,15 +189,20 @@ class Active:
         self.run, self.numbers = run, numbers
 
     def __iter__(self) -> Iterator[Pairs]:
-        assert self.run.explanation is not None
-        # columns of their own, so that what is read of the files does not stay in memory
-        context, activations = (self.run.explanation.column(f"top_{name}") for name in ("context", "activations"))
-        for start in range(0, len(context), _LATENTS_AT_ONCE):
-            latent, example, position = np.nonzero(activations[start : start + _LATENTS_AT_ONCE] > 0)
-            row = context[start : start + _LATENTS_AT_ONCE][latent, example]
+        for start in range(0, self.run.n_latents, _LATENTS_AT_ONCE):
+            part = slice(start, start + _LATENTS_AT_ONCE)
+            context, activations = self._columns(part)
+            latent, example, position = np.nonzero(activations > 0)
+            row = context[latent, example]
             token = self.numbers[row] * activations.shape[2] + position
             tokens, latents = np.unique(np.stack([token, latent + start], axis=1)[row >= 0], axis=0).T
             yield tokens, latents
+
+    def _columns(self, part: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Copies; the files are mapped for as long as this takes, so that they do not fill the memory."""
+        explanation = self.run.explanation
+        assert explanation is not None
+        return tuple(explanation.column(f"top_{name}")[part].copy() for name in ("context", "activations"))  # type: ignore[return-value]
 
 
 def token_numbers(a: Run, b: Run) -> tuple[list[np.ndarray], int]:
