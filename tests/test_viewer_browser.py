@@ -24,6 +24,7 @@ NARROW, WIDE = {"width": 360, "height": 740}, {"width": 1440, "height": 900}
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=20_000)
     with sync_playwright() as playwright, chromium(playwright) as found:
         yield found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from typing import Any, NamedTuple
@@ -69,16 +70,24 @@ def statistics(run: Run, latent: int) -> list[dict[str, Any]]:
     for name, about in COLUMNS.items():
         column = run.column(name)
         value = None if column is None else _finite(column[latent])
-        silent = value is None and name in ("mean", "mean_square", "skew", "kurtosis") and column is not None
+        undefined = _undefined(run, latent, name) if value is None and column is not None else None
         found.append(
-            {"name": name, "label": about.label, "meaning": about.meaning, "value": value, "undefined": silent,
-             "command": None if value is not None or silent else run.command(about.part)}
+            {"name": name, "label": about.label, "meaning": about.meaning, "value": value, "undefined": undefined,
+             "command": None if value is not None or undefined else run.command(about.part)}
         )  # fmt: skip
     task = run.column("probe_task")
     tasks = run.explanation.manifest.get("probe_tasks", []) if run.explanation is not None else []
     if task is not None and 0 <= int(task[latent]) < len(tasks):
         next(s for s in found if s["name"] == "probe_best")["task"] = tasks[int(task[latent])]
     return found
+
+
+def _undefined(run: Run, latent: int, name: str) -> str | None:
+    """Why a number that was computed is none; None where it was not computed."""
+    judged = run.column("n2g_density")
+    if name in ("n2g_recall", "n2g_precision") and judged is not None and not math.isnan(judged[latent]):
+        return "0 of 0"
+    return "never active" if name in ("mean", "mean_square", "skew", "kurtosis") else None
 
 
 def histogram(run: Run, latent: int) -> dict[str, Any] | None:
@@ -226,14 +235,19 @@ def _rule(stored: Any) -> Rule | None:
 def _shown(run: Run, rule: Rule) -> list[dict[str, Any]]:
     """The patterns, strongest first, in reading order; the last step is the token that fires."""
 
-    def step(token: int) -> str:
-        return {ANY: "any", START: "start"}.get(token) or text.token(run.token(token))
+    def steps(pattern: tuple[int, ...]) -> list[dict[str, Any]]:
+        found = []
+        for token, same in itertools.groupby(pattern[::-1]):
+            n = len(list(same))
+            if token == ANY:
+                found.append({"text": f"any ×{n}" if n > 1 else "any", "special": True})
+            else:
+                word = "start" if token == START else text.token(run.token(token))
+                found += n * [{"text": word, "special": token == START}]
+        return found
 
     strongest = sorted(rule.items(), key=lambda item: -item[1])
-    return [
-        {"steps": [{"text": step(t), "special": t < 0} for t in pattern[::-1]], "activation": value}
-        for pattern, value in strongest
-    ]
+    return [{"steps": steps(pattern), "activation": value} for pattern, value in strongest]
 
 
 def _marks(rule: Rule, tokens: list[int], values: np.ndarray, first: int) -> list[str]:

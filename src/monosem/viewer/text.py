@@ -45,6 +45,11 @@ def signed(value: float | None, digits: int = 3) -> str:
     return number(value, digits) if value is None or not value > 0 else f"+{number(value, digits)}"
 
 
+def digits_of(low: float, high: float) -> int:
+    """How many digits an interval and what is in it are shown with: 3, up to 7 where 3 make its ends alike."""
+    return next((n for n in range(3, 7) if low == high or f"{low:.{n}g}" != f"{high:.{n}g}"), 7)
+
+
 def percent(share: float | None) -> str:
     """A share as a percentage."""
     return number(share) if share is None or math.isnan(share) else f"{number(100 * share)}%"

@@ -184,7 +184,7 @@ def environment() -> jinja2.Environment:
     )  # fmt: skip
     found.filters |= {"visible": text.visible, "token": text.token, "prose": text.prose, "number": text.number}
     found.filters |= {"percent": text.percent, "signed": text.signed}
-    found.globals |= {"NAVIGATION": NAVIGATION, "COLUMNS": COLUMNS}
+    found.globals |= {"NAVIGATION": NAVIGATION, "COLUMNS": COLUMNS, "digits_of": text.digits_of}
     return found
 
 
