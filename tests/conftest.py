@@ -118,3 +118,21 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import tiny_corpus
 
     return tiny_corpus(tmp_path_factory.mktemp("tiny_corpus"))
+
+
+@pytest.fixture(scope="session")
+def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of SmolLM2-135M-Instruct, Q4_1, de-quantised, of a few thousand tokens; for tests marked `real`."""
+    from monosem.config import EvalConfig, HarvestConfig, RunConfig, TrainConfig
+    from monosem.main_job import run
+
+    folder = tmp_path_factory.mktemp("real") / "run"
+    run(
+        RunConfig(
+            out=str(folder),
+            harvest=HarvestConfig(out="", n_tokens=4032, n_tokens_held_out=1008, block_contexts=8, device="cpu"),
+            train=TrainConfig(out="", store="", n_latents=1024, n_tokens=256 * 60, batch_size=256, device="cpu"),
+            eval=EvalConfig(run="", n_bootstrap=100, n_tokens_downstream=1024, device="cpu"),
+        )
+    )
+    return folder

@@ -241,6 +241,9 @@ def test_the_viewer_answers_all_that_its_benchmark_asks(tmp_path: Path) -> None:
     viewer = module("viewer")
     viewer.make_run(tmp_path / "run", 300, n_contexts=50)
     client = TestClient(application(Site(tmp_path / "run")), "http://127.0.0.1")
-    for pattern in viewer.QUESTIONS.values():
+    viewer.make_other(tmp_path / "run", tmp_path / "other")
+    for pattern in (*viewer.QUESTIONS.values(), *viewer.COMPARED.values()):
         for path in viewer.questions(pattern, 300, 3):
             assert client.get(path).status_code == 200, path
+    found = client.get("/api/v1/compare?with=other").json()["summary"]
+    assert found["together"] is None and found["n_mutual_matched"] == 0

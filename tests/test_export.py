@@ -8,10 +8,13 @@ import http.server
 import json
 import re
 import shutil
+import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
@@ -24,6 +27,8 @@ from monosem.config import ExplainConfig, ExportConfig
 from monosem.explained import ExplainStore
 from monosem.explanations.entry import explain
 from monosem.export import sae_viewer, site
+from monosem.viewer import search
+from monosem.viewer.reading import Run
 from tiny import tiny_run
 
 EXPORTED = 12
@@ -196,3 +201,22 @@ def test_pages_work_in_chromium(way: str, pages: Path, store: ExplainStore) -> N
         page.wait_for_url(re.compile(r"latents/\d+\.html"))
         page.click("nav[aria-label=Pages] >> text=Try text")
         expect(page.locator("#absent")).to_contain_text("needs the model")
+
+
+def test_the_search_of_an_export_of_all_latents_ranks_as_the_server_does(run: Path, tmp_path: Path) -> None:
+    site.write(run, tmp_path / "site", range(48))
+    served = Run(run)
+    with sqlite3.connect(served.words) as file:
+        said = " ".join(row[0] for row in file.execute("SELECT examples FROM latents_fts")).split()
+    words = [word for word, _ in Counter(word for word in said if word.isalpha()).most_common()]
+    queries = [*words[:3], *words[-3:], words[0][:3], f"{words[0]} {words[2]}", "zzz", "--", words[1].upper()]
+    wanted = [search.matching(served, query).latents.tolist() for query in queries]
+    assert sum(len(found) > 3 and found != sorted(found) for found in wanted) > 2, "few queries with an order of theirs"
+    with contextlib.ExitStack() as stack:
+        browser = chromium(stack.enter_context(sync_playwright()))
+        stack.callback(browser.close)
+        page = stack.enter_context(visiting(browser, "file://"))
+        for query, latents in zip(queries, wanted, strict=True):
+            page.goto(f"{(tmp_path / 'site').as_uri()}/latents.html?{urlencode({'q': query})}")
+            expect(page.locator("table.grid tbody th")).to_have_text([str(i) for i in latents])
+            expect(page.locator(".lead")).to_contain_text("Best match first")

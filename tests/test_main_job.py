@@ -19,7 +19,7 @@ import torch
 
 from monosem import artifacts, kernels, losses
 from monosem.activations import ActivationStore
-from monosem.config import EvalConfig, HarvestConfig, RunConfig, TrainConfig, to_dict
+from monosem.config import EvalConfig, HarvestConfig, RunConfig, TrainConfig, from_dict, to_dict
 from monosem.logs import MetricsLog
 from monosem.main_job import run
 from monosem.model import Autoencoder, AutoencoderConfig, initial_weights, normalize
@@ -156,23 +156,17 @@ def test_ci_has_the_native_kernels_and_auto_chooses_them() -> None:
 
 
 @pytest.mark.real
-def test_run_on_the_real_default_model_and_corpus(tmp_path: Path) -> None:
-    """SmolLM2-135M-Instruct, Q4_1, de-quantised: a few thousand tokens through everything."""
-    config = RunConfig(
-        out=str(tmp_path / "run"),
-        harvest=HarvestConfig(out="", n_tokens=4032, n_tokens_held_out=1008, block_contexts=8, device="cpu"),
-        train=TrainConfig(out="", store="", n_latents=1024, n_tokens=256 * 60, batch_size=256, device="cpu"),
-        eval=EvalConfig(run="", n_bootstrap=100, n_tokens_downstream=1024, device="cpu"),
-    )
-    report = run(config)
+def test_run_on_the_real_default_model_and_corpus(real_run: Path) -> None:
+    report = artifacts.read_json(real_run / "eval.json")
+    config = from_dict(TrainConfig, artifacts.read_json(real_run / "autoencoder/config.json")["provenance"]["train"])
     assert report["run"]["subject"] == "SmolLM2-135M-Instruct, Q4_1, de-quantised"
     assert report["run"]["site"]["layer"] == 22 and report["run"]["tokens_seen"] == 256 * 60
     metrics = {name: metric["value"] for name, metric in report["metrics"].items()}
     assert all(math.isfinite(value) for value in metrics.values())
-    assert 0 < metrics["normalized_mse"] < min(1, nmse_at_start(tmp_path / "run" / "store", config.train))
+    assert 0 < metrics["normalized_mse"] < min(1, nmse_at_start(real_run / "store", config))
     assert 0 < metrics["delta_ce"] < metrics["delta_ce_mean_ablation"]
     assert 2 < metrics["ce_original"] < 5
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["seconds"]["total"] > 0
+    assert json.loads((real_run / "run.json").read_text())["seconds"]["total"] > 0
 
 
 def nmse_at_start(folder: Path, config: TrainConfig) -> float:

@@ -369,6 +369,35 @@ def test_number(value: float | None, shown: str) -> None:
     assert text.number(math.nan) == "–" and text.percent(0.00126) == "0.126%"
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "digits"),
+    [(1.0, 2.0, 3), (32.0, 32.0, 3), (31.9996, 32.0, 6), (0.12, 0.12001, 5), (1.0, 1 + 1e-9, 7)],
+)
+def test_an_interval_is_shown_with_digits_that_tell_its_ends_apart(low: float, high: float, digits: int) -> None:
+    assert text.digits_of(low, high) == digits
+
+
+def test_a_rule_says_how_often_any_token_follows_another(folder: Path) -> None:
+    ((steps, _),) = (p.values() for p in latent._shown(Run(folder), {(7, -1, -1, -1, 8, -1, -2): 1.0}))
+    words = [text.token(Run(folder).token(t)) for t in (8, 7)]
+    assert [s["text"] for s in steps] == ["start", "any", words[0], "any ×3", words[1]]
+    assert [s["special"] for s in steps] == [True, True, False, True, False]
+
+
+def test_a_number_that_is_0_of_0_is_not_said_to_be_missing(folder: Path) -> None:
+    path = folder / "explain/manifest.json"
+    manifest = json.loads(path.read_text("utf-8"))
+    for name in ("n2g_recall", "n2g_density"):
+        column = np.full(N_LATENTS, np.nan, np.float32)
+        column[5] = 0 if name == "n2g_density" else np.nan
+        np.save(folder / f"explain/{name}.npy", column)
+        manifest["columns"][name] = {"dtype": "float32", "shape": [N_LATENTS], "meaning": name}
+    path.write_text(json.dumps(manifest), "utf-8")
+    for i, said in ((5, "0 of 0"), (6, None)):
+        (recall,) = (s for s in latent.statistics(Run(folder), i) if s["name"] == "n2g_recall")
+        assert recall["undefined"] == said and (recall["command"] is None) == (said is not None)
+
+
 def test_plotly_is_served_from_the_installed_package(client: TestClient) -> None:
     answer = client.get("/static/plotly.min.js")
     assert answer.status_code == 200 and "plotly.js v" in answer.text[:200]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from playwright.sync_api import Browser, Route, expect, sync_playwright
 
 from browsing import AUDIT, chromium, serving, visiting
+from monosem.viewer import text
 from monosem.viewer.web import Site
 from viewer_runs import N_LATENTS, make_nasty, tiny_run, write_ablations, write_words
 
@@ -22,6 +24,7 @@ NARROW, WIDE = {"width": 360, "height": 740}, {"width": 1440, "height": 900}
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=20_000)
     with sync_playwright() as playwright, chromium(playwright) as found:
         yield found
 
@@ -123,6 +126,36 @@ def test_hovering_a_token_says_its_activation(browser: Browser, address: str, ru
         expect(page.get_by_role("tooltip")).to_contain_text("3 for a normal distribution")
         page.keyboard.press("Escape")
         expect(page.get_by_role("tooltip")).to_be_hidden()
+
+
+def test_what_a_prediction_after_an_ablation_turns_to(browser: Browser, address: str, run: Path) -> None:
+    words = json.loads((run / "explain/vocabulary.json").read_text("utf-8"))
+    with visiting(browser, address) as page:
+        page.goto("/latents/4")
+        first = page.locator("#effects .effect").first
+        tokens, said = first.get_by_role("button"), first.locator(".at")
+        expect(tokens).to_have_count(16 - 8)
+        expect(tokens.last).to_have_attribute("aria-pressed", "true")  # the largest KL
+        expect(said).to_contain_text("KL 1 nats, loss −1")
+        tokens.first.hover()
+        expect(said).to_contain_text("KL 0.0100 nats, loss −0.0100")
+        assert said.locator("dt").all_inner_texts() == ["logit up", "logit down", "likelier", "less likely"]
+        own = [text.token(words[t]) for t in range(8, 13)]
+        assert [b.inner_text() for b in said.locator("dd").nth(3).locator("b").all()] == own
+        expect(said.locator("dd").nth(3)).to_contain_text("−0.10")
+        tokens.first.focus()
+        page.keyboard.press("ArrowRight")
+        expect(tokens.nth(1)).to_be_focused()
+        expect(said.locator("dd").first.locator("b").first).to_have_text(text.token(words[9]))
+        page.get_by_role("link", name="change in loss").click()
+        expect(page).to_have_url(re.compile(r"/latents/4\?effect=loss$"))
+        colour = "e => getComputedStyle(e).backgroundColor"
+        by_loss = tokens.last.evaluate(colour)
+        page.reload()
+        assert tokens.last.evaluate(colour) == by_loss
+        expect(page.get_by_text("change in loss")).to_have_attribute("aria-current", "true")
+        page.keyboard.press("j")
+        expect(page).to_have_url(re.compile(r"/latents/5\?effect=loss$"))
 
 
 def test_a_note_and_a_star_are_kept(browser: Browser, address: str) -> None:
@@ -248,6 +281,9 @@ def test_the_pages_work_without_javascript(browser: Browser, address: str) -> No
         page.locator("tbody th a").first.click()
         page.get_by_role("link", name=re.compile("Random 1?[0-9]")).click()
         expect(page.get_by_text("Drawn uniformly")).to_be_visible()
+        page.goto("/latents/4")
+        page.get_by_text("Every token after it").first.click()
+        expect(page.locator("#effects li").first).to_contain_text("less likely")
         page.get_by_label(re.compile("Note on latent")).fill("no scripts")
         page.get_by_role("button", name="Save").click()
         expect(page.get_by_label(re.compile("Note on latent"))).to_have_value("no scripts")

@@ -21,7 +21,7 @@ from monosem.config import ExplainConfig, TrainConfig
 from monosem.explanations.entry import explain
 from monosem.model import Autoencoder
 from monosem.training import train
-from monosem.viewer import compare, trying
+from monosem.viewer import compare, matches, trying
 from monosem.viewer.reading import Run
 from monosem.viewer.server import application
 from monosem.viewer.web import API, Site
@@ -215,7 +215,10 @@ def test_a_copy_is_matched_with_itself(client: TestClient) -> None:
     found = client.get(f"{API}/compare", params={"with": "bare"}).json()
     assert found["summary"]["n_mutual_matched"] == 64
     assert all(row["match"] == row["latent"] for row in found["table"]["rows"])
-    assert "bare has no explanation: monosem explain" in found["summary"]["together"]
+    assert found["summary"]["together"]["text"] == "bare has no explanation"
+    command = found["summary"]["together"]["command"]
+    assert f"<code>{command}</code>" in client.get("/compare", params={"with": "bare"}).text
+    assert command.startswith("monosem explain /")
 
 
 def test_other_sites_are_not_compared(runs: Path, tmp_path: Path) -> None:
@@ -230,25 +233,108 @@ def test_other_sites_are_not_compared(runs: Path, tmp_path: Path) -> None:
     assert "different sites" in client.get("/compare?with=elsewhere").text
 
 
-def test_the_page_waits_for_a_long_comparison(client: TestClient, monkeypatch: pytest.MonkeyPatch, runs: Path) -> None:
-    hold, usual = threading.Event(), compare.match
-    monkeypatch.setattr(compare, "_FOUND", {})
-    monkeypatch.setattr(compare, "match", lambda a, b: usual(a, b) if hold.wait(20) else None)
+def test_the_page_waits_for_a_long_comparison(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold, usual = threading.Event(), matches.match
+    monkeypatch.setattr(matches, "_FOUND", {})
+
+    def slow(a: Run, b: Run, *, keep: bool, at: Any) -> Any:
+        at(0.25)
+        return usual(a, b, keep=keep, at=at) if hold.wait(20) else None
+
+    monkeypatch.setattr(matches, "match", slow)
     page = client.get("/compare?with=two")
     assert 'id="compare-waiting"' in page.text
+    found = client.get(f"{API}/compare?with=two&wait=0").json()
+    assert found["table"] is None and found["done"] == 0.25
     hold.set()
-    assert client.get(f"{API}/compare?with=two").status_code == 200
+    assert client.get(f"{API}/compare?with=two").json()["done"] == 1
     assert 'id="compare-waiting"' not in client.get("/compare?with=two").text
+
+
+@pytest.fixture
+def kept(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `one` whose matches with `two` are on disk."""
+    monkeypatch.setattr(matches, "KEPT_FROM", 0)
+    folder = Path(shutil.copytree(runs / "one", tmp_path / "one", ignore=shutil.ignore_patterns("store", "state")))
+    matches.match(Run(folder), Run(runs / "two"), keep=True)
+    return folder
+
+
+def test_matches_of_large_pairs_are_kept(kept: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = sorted(file.name for file in (kept / "compare").iterdir())
+    sha256 = read_json(runs / "two/autoencoder/config.json")["weights_sha256"]
+    assert files == [f"{sha256[:16]}-{part}.safetensors" for part in ("directions", "together")]
+    a, b = Run(kept), Run(runs / "two")
+    computed = matches.match(Run(runs / "one"), b)
+    for name in ("best_cosines", "best_together"):
+        monkeypatch.setattr(matches, name, lambda *given: pytest.fail("computed again"))
+    found = matches.match(a, b, keep=True)
+    assert found.chance == computed.chance and found.together is not None and computed.together is not None
+    for one, other in zip((*found.cosine, *found.together), (*computed.cosine, *computed.together), strict=True):
+        assert np.array_equal(one.latent, other.latent) and np.array_equal(one.score, other.score)
+
+
+@pytest.mark.parametrize("change", ["weights", "tokens", "cut"])
+def test_kept_matches_of_something_else_are_not_taken(
+    change: str, kept: Path, runs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = {"weights": kept / "autoencoder/config.json", "tokens": kept / "explain/manifest.json"}
+    if change == "cut":
+        (path,) = (kept / "compare").glob("*-directions*")
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        facts = read_json(paths[change])
+        facts |= {"weights": {"weights_sha256": "0" * 64}, "tokens": {"n_tokens": 77}}[change]
+        write_json(paths[change], facts)
+    computed: list[str] = []
+
+    def watched(name: str, usual: Any) -> Any:
+        def call(*given: Any) -> Any:
+            computed.append(name)
+            return usual(*given)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("best_cosines", "best_together"):
+            patch.setattr(matches, name, watched(name, getattr(matches, name)))
+        found = matches.match(Run(kept), Run(runs / "two"))
+    assert ("best_cosines" in computed) == (change != "tokens")
+    assert ("best_together" in computed) == (change == "weights")
+    assert (found.together is None) == (change == "tokens")
+    assert ("its matches are computed again" in caplog.text) == (change == "cut")
+
+
+def test_nothing_is_kept_of_small_pairs_or_read_only(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(runs / "one", tmp_path / "one", ignore=shutil.ignore_patterns("store", "state")))
+    assert opened(folder, others=[runs / "two"]).get(f"{API}/compare?with=two").status_code == 200
+    monkeypatch.setattr(matches, "KEPT_FROM", 0)
+    monkeypatch.setattr(matches, "_FOUND", {})
+    client = opened(folder, others=[runs / "two"], read_only=True)
+    assert client.get(f"{API}/compare?with=two").json()["summary"]["together"] is None
+    assert not (folder / "compare").exists()
 
 
 def test_latents_that_fire_together_are_those_of_the_examples(runs: Path) -> None:
     one, two = Run(runs / "one"), Run(runs / "two")
-    a, b = compare.active_tokens(one, two)
     sets = [tokens_of(run) for run in (one, two)]
-    found = compare.best_together(a, b, 64, 48)
+    found = matches.match(one, two).together
+    assert found is not None
     for latent in range(64):
         scores = [jaccard(sets[0][latent], other) for other in sets[1]]
         assert found[0].score[latent] == pytest.approx(max(scores), abs=1e-6)
+
+
+def test_a_decoder_that_is_cut_short_is_named(runs: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(runs / "bare", tmp_path / "bare"))
+    path = folder / "autoencoder/autoencoder.safetensors"
+    whole = path.read_bytes()
+    for broken in (whole[:-9000], whole[:50], b""):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"autoencoder\.safetensors .*; restore it from a copy"):
+            matches.match(Run(folder), Run(runs / "two"))
 
 
 def tokens_of(run: Run) -> list[set[Any]]:
@@ -265,7 +351,7 @@ def tokens_of(run: Run) -> list[set[Any]]:
 
 def jaccard(a: set[Any], b: set[Any]) -> float:
     both = len(a & b)
-    return both / len(a | b) if both >= compare.MIN_TOGETHER else 0.0
+    return both / len(a | b) if both >= matches.MIN_TOGETHER else 0.0
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -274,7 +360,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(compare, "_ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(matches, "_ROWS_AT_ONCE", 5)
     yield
 
 
@@ -284,7 +370,7 @@ def test_best_cosines_are_those_of_brute_force(n_a: int, n_b: int, seed: int) ->
     rng = np.random.default_rng(seed)
     a, b = (rng.standard_normal((n, 3), dtype=np.float32) * rng.uniform(0.1, 9) for n in (n_a, n_b))
     cosine = unit(a) @ unit(b).T
-    for one, full in zip(compare.best_cosines(a, b), (cosine, cosine.T), strict=True):
+    for one, full in zip(matches.best_cosines(a, b), (cosine, cosine.T), strict=True):
         assert np.allclose(one.score, full.max(1), atol=1e-5)
         assert np.allclose(full[np.arange(len(full)), one.latent], full.max(1), atol=1e-5)
 
@@ -294,13 +380,19 @@ def test_best_cosines_are_those_of_brute_force(n_a: int, n_b: int, seed: int) ->
 def test_best_together_is_that_of_brute_force(n_a: int, n_b: int, seed: int, share: float) -> None:
     rng = np.random.default_rng(seed)
     active = [rng.random((40, n)) < share for n in (n_a, n_b)]
-    found = compare.best_together(np.nonzero(active[0]), np.nonzero(active[1]), n_a, n_b)  # type: ignore[arg-type]
+    found = matches.best_together(parts_of(active[0]), parts_of(active[1]), n_a, n_b, 40)
     sets = [[set(np.flatnonzero(column)) for column in x.T] for x in active]
     for one, own, other in ((found[0], sets[0], sets[1]), (found[1], sets[1], sets[0])):
         for latent, mine in enumerate(own):
             scores = [jaccard(mine, theirs) for theirs in other]
             assert one.score[latent] == pytest.approx(max(scores), abs=1e-6)
             assert one.latent[latent] == (scores.index(max(scores)) if max(scores) else -1)
+
+
+def parts_of(active: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(tokens, latents) where active, three latents a part."""
+    tokens, latents = np.nonzero(active)
+    return [(tokens[latents // 3 == part], latents[latents // 3 == part]) for part in range(active.shape[1] // 3 + 1)]
 
 
 def test_the_pages_import_no_torch() -> None:

@@ -81,12 +81,18 @@ def write_ablations(folder: Path, latents: list[int]) -> None:
     kl = np.full((a, x, context), np.nan, np.float32)
     kl[:, :, 8:] = np.linspace(0.01, 1, context - 8)
     tokens = np.tile(np.arange(10, dtype=np.int32), (a, x, 1))
+    after = np.where(np.arange(context)[:, None] < 8, -1, np.arange(context)[:, None] + np.arange(10))
+    votes = np.tile(after.astype(np.int32), (a, x, 1, 1))  # of the prediction of token t: t, t + 1, …
+    values = np.where(votes < 0, np.nan, 1 / np.arange(1, 11)).astype(np.float32)
     columns = {
         "ablation_latents": np.array(latents, np.int32),
         "ablation_examples": np.tile(np.arange(2, dtype=np.int32), (a, 1)),
         "ablation_kl": kl, "ablation_delta_ce": -kl, "ablation_up": tokens, "ablation_down": tokens + 10,
         "ablation_up_values": tokens / np.float32(10), "ablation_down_values": tokens / np.float32(-10),
+        "ablation_up_position": np.full((a, x, 10), 8, np.int16),
     }  # fmt: skip
+    for kind, sign in (("logits_up", 1), ("logits_down", -1), ("probs_up", 0.1), ("probs_down", -0.1)):
+        columns |= {f"ablation_{kind}": votes, f"ablation_{kind}_values": np.float32(sign) * values}
     for name, array in columns.items():
         np.save(folder / f"explain/{name}.npy", array)
         manifest["columns"][name] = {"dtype": str(array.dtype), "shape": list(array.shape), "meaning": name}

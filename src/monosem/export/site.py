@@ -31,6 +31,7 @@ from monosem.viewer import latents as table
 from monosem.viewer import web
 from monosem.viewer.notes import reading
 from monosem.viewer.reading import Run
+from monosem.viewer.search import MOST_RANKED
 from monosem.viewer.server import ENDPOINTS
 from monosem.viewer.web import API, Links, Site
 
@@ -189,16 +190,19 @@ def _write_data(site: Site, folder: Path, latents: Sequence[int]) -> None:
 
 
 def _table(run: Run, latents: Sequence[int]) -> dict[str, Any]:
-    """The rows of the table, and the text of their examples for the search."""
+    """The rows of the table, and for the search the text of their tokens and examples."""
     rows: list[dict[str, Any]] = []
     for start in range(0, len(latents), _ROWS_AT_ONCE):
         rows += table.rows(run, np.array(latents[start : start + _ROWS_AT_ONCE], dtype=np.int64))
-    texts: dict[int, str] = {}
-    if len(latents) <= _MAX_SEARCHED:
-        with reading(run.words) as file:
-            texts = dict(file.execute("SELECT rowid, examples FROM latents_fts")) if file is not None else {}
-    found = [{**row, "examples": texts.get(row["latent"], "")} for row in rows]
-    return {"columns": list(run.scalars()), "n_latents": run.n_latents, "page_rows": table.PAGE_ROWS, "rows": found}
+    examples = "examples" if len(latents) <= _MAX_SEARCHED else "''"
+    texts: dict[int, tuple[str, str]] = {}
+    with reading(run.words) as file:
+        if file is not None:
+            sql = f"SELECT rowid, top_tokens, {examples} FROM latents_fts"
+            texts = {latent: (tokens, said) for latent, tokens, said in file.execute(sql)}
+    found = [{**row, "texts": texts.get(row["latent"], ("", ""))} for row in rows]
+    facts = {"n_latents": run.n_latents, "page_rows": table.PAGE_ROWS, "most_ranked": MOST_RANKED}
+    return {"columns": list(run.scalars()), **facts, "rows": found}
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,20 +1,13 @@
 """Two autoencoders beside each other: their numbers, which latents of one are in the other, and which are not.
 
-Latents are matched two ways. By direction: the other's latent with the largest cosine between decoder rows, exact, both
-ways; a pair is mutual when each is the other's best. By firing together, where both were explained on the same tokens:
-the other's latent with the largest Jaccard index |tokens with both| / |tokens with either|, over the tokens on which
-each is active in its strongest contexts (`top_activations`), since those are what an explanation keeps.
+How latents are matched is in matches.py; a pair is mutual when each is the other's best by direction.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-import threading
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from starlette.exceptions import HTTPException
@@ -23,7 +16,9 @@ from starlette.responses import Response
 
 from monosem import artifacts
 from monosem.definitions import definition, sections
+from monosem.viewer import matches as matching
 from monosem.viewer import web
+from monosem.viewer.matches import Matches
 from monosem.viewer.reading import Run
 from monosem.viewer.web import API, Endpoint, Site
 
@@ -31,8 +26,6 @@ MATCHED = 0.7
 """Two latents are called the same from this cosine on."""
 PAGE_ROWS = 50
 N_BINS = 40
-MIN_TOGETHER = 5
-"""Tokens on which two latents have to meet, below which their Jaccard index is noise."""
 SHOWS = {"all": "all", "mutual": "mutual matches", "alone": "without a match"}
 ORDERS = ("cosine", "-cosine", "latent")
 PARAMETERS = {
@@ -41,29 +34,9 @@ PARAMETERS = {
     "show": "all, mutual or alone: without a match",
     "order": "cosine, -cosine (largest first) or latent",
     "page": "from 1",
+    "wait": "0: answer at once, where latents are still being matched with `done`, the share of it that is",
 }
-_ROWS_AT_ONCE = 2048
-_N_RANDOM = 512
-_KEPT = 4
 _WAIT_S = 0.1
-
-
-class Best(NamedTuple):
-    """For each latent its best match on the other side (-1: none) and how good it is."""
-
-    latent: np.ndarray
-    score: np.ndarray
-
-
-class Matches(NamedTuple):
-    """Best matches of a's latents and of b's."""
-
-    cosine: tuple[Best, Best]
-    together: tuple[Best, Best] | None
-    reason: str
-    """Why `together` was not computed."""
-    chance: float
-    """Mean over random directions of the largest cosine with a latent of b."""
 
 
 def others(site: Site) -> dict[str, Path]:
@@ -130,72 +103,6 @@ def unlike(a: Run, b: Run) -> str | None:
     return None
 
 
-def match(a: Run, b: Run) -> Matches:
-    """Every latent's best match, both ways. `ValueError` when the weights cannot be read."""
-    reason = _not_on_the_same_tokens(a, b)
-    with _decoder(a) as x, _decoder(b) as y:
-        rng = np.random.default_rng(0)
-        random = rng.standard_normal((_N_RANDOM, a.facts["config"]["d_model"]), dtype=np.float32)
-        chance = float(best_cosines(random, y)[0].score.mean())
-        cosine = best_cosines(x, y)
-    together = None if reason else best_together(*active_tokens(a, b), a.n_latents, b.n_latents)
-    return Matches(cosine, together, reason or "", chance)
-
-
-def best_cosines(a: Any, b: Any) -> tuple[Best, Best]:
-    """For each row of `a` the row of `b` with the largest cosine, and the other way round; ties take the first."""
-    best = tuple(Best(np.full(len(m), -1, np.int32), np.full(len(m), -np.inf, np.float32)) for m in (a, b))
-    for rows, x in _unit_rows(a):
-        for columns, y in _unit_rows(b):
-            cosine = x @ y.T
-            for one, here, there, axis in ((best[0], rows, columns, 1), (best[1], columns, rows, 0)):
-                at = cosine.argmax(axis)
-                score = np.take_along_axis(cosine, np.expand_dims(at, axis), axis).squeeze(axis)
-                better = score > one.score[here]
-                one.score[here][better] = score[better]
-                one.latent[here][better] = at[better] + there.start
-    return best[0], best[1]
-
-
-def active_tokens(a: Run, b: Run) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """For each run the pairs (token, latent) active in the latents' top examples, tokens numbered alike for both."""
-    names = ("contexts", "contexts_document", "contexts_position")
-    contexts = [np.concatenate([np.asarray(run.column(name)) for name in names], axis=1) for run in (a, b)]
-    _, number = np.unique(np.concatenate(contexts), axis=0, return_inverse=True)
-    numbers = np.split(number.reshape(-1), [len(contexts[0])])
-    return tuple(_pairs(run, own) for run, own in zip((a, b), numbers, strict=True))  # type: ignore[return-value]
-
-
-def best_together(
-    a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray], n_a: int, n_b: int
-) -> tuple[Best, Best]:
-    """For each latent of either side the other's with the largest Jaccard index of their tokens; -1 for none.
-
-    `a` and `b` are pairs of (tokens, latents), each pair once.
-    """
-    sizes = np.bincount(a[1], minlength=n_a), np.bincount(b[1], minlength=n_b)
-    order = np.argsort(b[0], kind="stable")
-    tokens, partners = b[0][order], b[1][order]
-    low, high = np.searchsorted(tokens, a[0], "left"), np.searchsorted(tokens, a[0], "right")
-    by_latent = np.argsort(a[1], kind="stable")
-    ends = np.searchsorted(a[1][by_latent], np.arange(0, n_a + _ROWS_AT_ONCE, _ROWS_AT_ONCE))
-    best = tuple(Best(np.full(n, -1, np.int32), np.zeros(n, np.float32)) for n in (n_a, n_b))
-    for start, end in itertools.pairwise(ends):
-        mine = by_latent[start:end]
-        n = (high - low)[mine]
-        at = np.repeat(low[mine] - (np.cumsum(n) - n), n) + np.arange(n.sum())
-        cells, both = np.unique(np.repeat(a[1][mine].astype(np.int64), n) * n_b + partners[at], return_counts=True)
-        cells, both = cells[both >= MIN_TOGETHER], both[both >= MIN_TOGETHER]
-        i, j = np.divmod(cells, n_b)
-        jaccard = (both / (sizes[0][i] + sizes[1][j] - both)).astype(np.float32)
-        for one, here, there in ((best[0], i, j), (best[1], j, i)):
-            first = np.lexsort((there, -jaccard, here))
-            first = first[np.r_[True, np.diff(here[first]) != 0][: len(first)]]
-            better = first[jaccard[first] > one.score[here[first]]]
-            one.score[here[better]], one.latent[here[better]] = jaccard[better], there[better]
-    return best[0], best[1]
-
-
 def summary(matches: Matches) -> dict[str, Any]:
     """How many latents of each side have a match, with histograms of the best cosines, as JSON."""
     edges = np.linspace(0, 1, N_BINS + 1)
@@ -212,7 +119,7 @@ def summary(matches: Matches) -> dict[str, Any]:
     return {
         **sides, "edges": edges.round(4).tolist(), "matched": MATCHED, "chance": matches.chance,
         "n_mutual": int(mutual.sum()), "n_mutual_matched": int((mutual & (matches.cosine[0].score >= MATCHED)).sum()),
-        "together": matches.reason or None,
+        "together": None if matches.reason is None else matches.reason._asdict(),
     }  # fmt: skip
 
 
@@ -258,81 +165,7 @@ def _mutual(matches: Matches, which: int) -> np.ndarray:
     return other.latent[one.latent] == np.arange(len(one.latent))
 
 
-def _not_on_the_same_tokens(a: Run, b: Run) -> str | None:
-    for run in (a, b):
-        if run.explanation is None:
-            return f"{run.name} has no explanation: {run.command('collect')}"
-    first, second = (run.explanation.manifest for run in (a, b) if run.explanation is not None)
-    if first["sources"]["store"] != second["sources"]["store"] or first["n_tokens"] != second["n_tokens"]:
-        return "they were explained on different tokens: explain both with the same --store and --n-tokens"
-    return None
-
-
-def _pairs(run: Run, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(token, latent) of what is active in the run's top examples; `numbers` are those of its contexts."""
-    context, activations = run.column("top_context"), run.column("top_activations")
-    assert context is not None and activations is not None, "every explanation has examples"
-    found = []
-    for start in range(0, len(context), _ROWS_AT_ONCE):
-        latent, example, position = np.nonzero(activations[start : start + _ROWS_AT_ONCE] > 0)
-        row = context[start : start + _ROWS_AT_ONCE][latent, example]
-        token = numbers[row].astype(np.int64) * activations.shape[2] + position
-        found.append(np.unique(np.stack([token, latent + start], axis=1)[row >= 0], axis=0))
-    tokens, latents = np.concatenate(found).T
-    return tokens, latents
-
-
-class _decoder:
-    """The decoder of a run, row by row from the disk; `ValueError` when it cannot be read."""
-
-    def __init__(self, run: Run) -> None:
-        folder = run.folder / "autoencoder" if (run.folder / "autoencoder/config.json").exists() else run.folder
-        self.path, self.n = folder / "autoencoder.safetensors", run.n_latents
-
-    def __enter__(self) -> _decoder:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            self._file = safe_open(self.path, "numpy").__enter__()
-            self._rows = self._file.get_slice("decoder")
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{self.path} cannot be read ({error}); restore it from a copy") from None
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.__exit__(*error)
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        return self._rows[rows]
-
-
-def _unit_rows(matrix: Any) -> Iterator[tuple[slice, np.ndarray]]:
-    for start in range(0, len(matrix), _ROWS_AT_ONCE):
-        rows = slice(start, min(start + _ROWS_AT_ONCE, len(matrix)))
-        block = np.asarray(matrix[rows], dtype=np.float32)
-        yield rows, block / np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-12)
-
-
-_POOL = ThreadPoolExecutor(1, "compare")
-_FOUND: dict[tuple[Any, ...], Future[Matches]] = {}
-_LOCK = threading.Lock()
-
-
-def matching(a: Run, b: Run) -> Future[Matches]:
-    """`match`, begun once and then kept; of the latest few pairs."""
-    key = (a.folder, a.stamp, b.folder, b.stamp)
-    with _LOCK:
-        if key not in _FOUND:
-            while len(_FOUND) >= _KEPT:
-                _FOUND.pop(next(iter(_FOUND)))
-            _FOUND[key] = _POOL.submit(match, a, b)
-        return _FOUND[key]
-
-
-@functools.lru_cache(maxsize=_KEPT)
+@functools.lru_cache(maxsize=4)
 def _opened(folder: Path) -> list[Run]:
     return [Run(folder)]
 
@@ -353,16 +186,17 @@ def _other(site: Site, request: Request) -> Run | None:
 
 def _page(site: Site, request: Request) -> Response:
     a, b = site.run, _other(site, request)
-    found: dict[str, Any] = {"view": None, "summary": None, "table": None, "waiting": False, "other": b}
+    found: dict[str, Any] = {"view": None, "summary": None, "table": None, "waiting": False, "done": 0.0, "other": b}
     if b is not None:
         found["view"] = view(a, b)
         if found["view"]["unlike"] is None:
             try:
-                matches = matching(a, b).result(_WAIT_S)
+                begun = matching.matching(a, b, keep=not site.read_only)
+                matches = begun.future.result(_WAIT_S)
                 query = {k: v for k, v in request.query_params.items() if v}
                 found |= {"summary": summary(matches), "table": rows(a, b, matches, query)}
             except TimeoutError:
-                found["waiting"] = True
+                found |= {"waiting": True, "done": begun.done}
     names = {name: _n_latents(folder) for name, folder in others(site).items()}
     return web.page(
         site, request, "compare", names=names, chosen=request.query_params.get("with"), shows=SHOWS, **found
@@ -383,9 +217,13 @@ def _api(site: Site, request: Request) -> dict[str, Any]:
         return {"with": list(others(site))}
     found = view(a, b)
     if found["unlike"] is not None:
-        return {**found, "summary": None, "table": None}
-    matches = matching(a, b).result()
-    return {**found, "summary": summary(matches), "table": rows(a, b, matches, dict(request.query_params))}
+        return {**found, "done": None, "summary": None, "table": None}
+    query = dict(request.query_params)
+    begun = matching.matching(a, b, keep=not site.read_only)
+    if query.pop("wait", "1") == "0" and not begun.future.done():
+        return {**found, "done": begun.done, "summary": None, "table": None}
+    matches = begun.future.result()
+    return {**found, "done": 1.0, "summary": summary(matches), "table": rows(a, b, matches, query)}
 
 
 ENDPOINTS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from typing import Any, NamedTuple
@@ -18,6 +19,14 @@ from monosem.viewer.web import API, Endpoint, Site
 KINDS = ("top", "random", "quantile")
 ANY, START = -1, -2
 """As in `n2g`, which is a layer that imports torch: a step that any token matches, and the start of a text."""
+
+N_VOTES = 5
+"""Tokens voted up, and down, that are shown of one prediction."""
+VOTES = {
+    "logits_up": "logit up", "logits_down": "logit down", "probs_up": "likelier", "probs_down": "less likely",
+}  # fmt: skip
+EFFECTS = {"kl": "KL", "loss": "change in loss"}
+"""What the tokens after an ablation can be coloured by."""
 
 Rule = dict[tuple[int, ...], float]
 
@@ -49,7 +58,8 @@ def view(run: Run, latent: int) -> dict[str, Any]:
             "decoder": _neighbours(run, latent, "decoder_neighbours", "decoder_cosines"),
             "coactivation": _neighbours(run, latent, "coactivation_neighbours", "coactivation_scores"),
         },
-        "ablations": ablations(run, latent),
+        "ablations": (effects := ablations(run, latent)),
+        "effect_scales": effect_scales(effects),
         "note": note._asdict(),
     }
 
@@ -60,16 +70,24 @@ def statistics(run: Run, latent: int) -> list[dict[str, Any]]:
     for name, about in COLUMNS.items():
         column = run.column(name)
         value = None if column is None else _finite(column[latent])
-        silent = value is None and name in ("mean", "mean_square", "skew", "kurtosis") and column is not None
+        undefined = _undefined(run, latent, name) if value is None and column is not None else None
         found.append(
-            {"name": name, "label": about.label, "meaning": about.meaning, "value": value, "undefined": silent,
-             "command": None if value is not None or silent else run.command(about.part)}
+            {"name": name, "label": about.label, "meaning": about.meaning, "value": value, "undefined": undefined,
+             "command": None if value is not None or undefined else run.command(about.part)}
         )  # fmt: skip
     best = run.column("probe_task" if run.column("probe_top_task") is None else "probe_top_task")
     tasks = run.explanation.manifest.get("probe_tasks", []) if run.explanation is not None else []
     if named := [] if best is None else [tasks[i] for i in best[latent].reshape(-1) if 0 <= i < len(tasks)]:
         next(s for s in found if s["name"] == "probe_best")["task"] = ", ".join(named)
     return found
+
+
+def _undefined(run: Run, latent: int, name: str) -> str | None:
+    """Why a number that was computed is none; None where it was not computed."""
+    judged = run.column("n2g_density")
+    if name in ("n2g_recall", "n2g_precision") and judged is not None and not math.isnan(judged[latent]):
+        return "0 of 0"
+    return "never active" if name in ("mean", "mean_square", "skew", "kurtosis") else None
 
 
 def histogram(run: Run, latent: int) -> dict[str, Any] | None:
@@ -143,7 +161,10 @@ def votes(run: Run, latent: int) -> dict[str, list[dict[str, Any]]] | None:
 
 
 def ablations(run: Run, latent: int) -> list[dict[str, Any]] | None:
-    """What taking the latent out changes, an entry an ablated top example; None where that was not computed."""
+    """What taking the latent out changes, an entry an ablated top example; None where that was not computed.
+
+    `kl` and `delta_ce` are by token, of its own prediction, None up to the peak; `after` has the tokens after it.
+    """
     chosen = run.column("ablation_latents")
     here = [] if chosen is None else np.flatnonzero(chosen == latent).tolist()
     if not here:
@@ -156,9 +177,40 @@ def ablations(run: Run, latent: int) -> list[dict[str, Any]] | None:
         if slot not in slots:
             continue
         effect = {"kl": [_finite(v) for v in kl[row, x]], "delta_ce": [_finite(v) for v in delta[row, x]]}
-        sides = {s: _tokens(run, f"ablation_{s}", f"ablation_{s}_values", (row, x)) for s in ("up", "down")}
-        found.append({**slots[slot], **effect, **sides})
+        ids = np.asarray(run.column("contexts"))[int(np.asarray(run.column("top_context"))[latent, slot])].tolist()
+        tokens = [text.token(run.token(t)) for t in ids]
+        after = [
+            {"position": at, "token": tokens[at], "votes": _votes(run, (row, x, at))}
+            for at, v in enumerate(effect["kl"]) if v is not None
+        ]  # fmt: skip
+        sides = {s: _most_moved(run, s, (row, x), tokens) for s in ("up", "down")}
+        found.append({**slots[slot], **effect, **sides, "after": after})
     return found
+
+
+def effect_scales(found: list[dict[str, Any]] | None) -> dict[str, float]:
+    """The largest KL and change in loss of all the tokens, for their colours."""
+    largest = {"kl": "kl", "loss": "delta_ce"}
+    return {
+        name: max((abs(v) for e in found or [] for v in e[key] if v is not None), default=0.0) or 1.0
+        for name, key in largest.items()
+    }
+
+
+def _votes(run: Run, at: tuple[int, int, int]) -> dict[str, list[dict[str, Any]]]:
+    """By name of VOTES the tokens that move most in one prediction; an older explanation has not all of them."""
+    names = [name for name in VOTES if run.column(f"ablation_{name}") is not None]
+    return {name: _tokens(run, f"ablation_{name}", f"ablation_{name}_values", at)[:N_VOTES] for name in names}
+
+
+def _most_moved(run: Run, side: str, at: tuple[int, int], tokens: list[str]) -> list[dict[str, Any]]:
+    """The tokens that move most in any prediction, with the token that was predicted there."""
+    found, where = (
+        _tokens(run, f"ablation_{side}", f"ablation_{side}_values", at),
+        run.column(f"ablation_{side}_position"),
+    )
+    places = [-1] * len(found) if where is None else np.asarray(where)[at].tolist()
+    return [{**v, "predicting": tokens[t] if t >= 0 else None} for v, t in zip(found, places, strict=False)]
 
 
 def around(run: Run, latent: int, query: search.Query) -> Around:
@@ -183,14 +235,19 @@ def _rule(stored: Any) -> Rule | None:
 def _shown(run: Run, rule: Rule) -> list[dict[str, Any]]:
     """The patterns, strongest first, in reading order; the last step is the token that fires."""
 
-    def step(token: int) -> str:
-        return {ANY: "any", START: "start"}.get(token) or text.token(run.token(token))
+    def steps(pattern: tuple[int, ...]) -> list[dict[str, Any]]:
+        found = []
+        for token, same in itertools.groupby(pattern[::-1]):
+            n = len(list(same))
+            if token == ANY:
+                found.append({"text": f"any ×{n}" if n > 1 else "any", "special": True})
+            else:
+                word = "start" if token == START else text.token(run.token(token))
+                found += n * [{"text": word, "special": token == START}]
+        return found
 
     strongest = sorted(rule.items(), key=lambda item: -item[1])
-    return [
-        {"steps": [{"text": step(t), "special": t < 0} for t in pattern[::-1]], "activation": value}
-        for pattern, value in strongest
-    ]
+    return [{"steps": steps(pattern), "activation": value} for pattern, value in strongest]
 
 
 def _marks(rule: Rule, tokens: list[int], values: np.ndarray, first: int) -> list[str]:
@@ -235,13 +292,16 @@ def _latent(run: Run, request: Request) -> int:
 def _page(site: Site, request: Request) -> Response:
     run = site.run
     latent = _latent(run, request)
-    query = search.parse(request.query_params, also=("theme", "show", "text"))
+    query = search.parse(request.query_params, also=("theme", "show", "text", "effect"))
     show = request.query_params.get("show", "top")
     if show not in KINDS:
         raise ValueError(f"show is {show!r}; choose one of {', '.join(KINDS)}")
+    effect = request.query_params.get("effect", "kl")
+    if effect not in EFFECTS:
+        raise ValueError(f"effect is {effect!r}; choose one of {', '.join(EFFECTS)}")
     return web.page(
         site, request, "latent", view=view(run, latent), around=around(run, latent, query), query=query, show=show,
-        full=request.query_params.get("text") == "full",
+        full=request.query_params.get("text") == "full", effect=effect, effects=EFFECTS, vote_names=VOTES,
     )  # fmt: skip
 
 
@@ -279,7 +339,11 @@ def _notes(site: Site, request: Request) -> dict[str, Any]:
     return {"notes": [{"latent": latent, **note._asdict()} for latent, note in site.run.notes.all().items()]}
 
 
-_STATE = search.PARAMETERS | {"show": f"examples: {', '.join(KINDS)}", "text": "full: whole contexts"}
+_STATE = search.PARAMETERS | {
+    "show": f"examples: {', '.join(KINDS)}",
+    "text": "full: whole contexts",
+    "effect": f"what colours the tokens after an ablation: {', '.join(EFFECTS)}",
+}
 _NOTE = {"type": "object", "properties": {"text": {"type": "string"}, "starred": {"type": "boolean"}}}
 
 ENDPOINTS = (

@@ -29,7 +29,7 @@ from torch import Tensor
 from monosem import run_folder
 from monosem.evals import probes, tasks
 from monosem.evals.downstream import lower_blocks_run_once
-from monosem.model import Autoencoder
+from monosem.model import Autoencoder, NormStats
 from monosem.subject import Subject
 from monosem.tokens import csv_rows_of, token_ids
 from monosem.types import Site, SparseLatents
@@ -136,10 +136,7 @@ def try_text(
         raise ValueError(f"the text leaves no room for {n_continue} more tokens; {live.subject.name} reads "
                          f"{live.subject.max_context}")  # fmt: skip
     choice: dict[str, Any] = {"k": k, "threshold": threshold}
-    raw, logits = _run(live, tokens, edits, choice)
-    x, _ = live.autoencoder.normalize(raw)
-    latents = live.autoencoder.encode(x, **choice)
-    recons = live.autoencoder.decode(latents)
+    (_, x, _, latents), recons, logits = _run(live, tokens, edits, choice)
     error = (x - recons).square().sum(-1) / (x - live.autoencoder.weights.pre_bias).square().sum(-1)
     losses = {name: _losses(found, tokens[0]) for name, found in logits.items()}
     return {
@@ -158,15 +155,26 @@ def activations_of(latents: SparseLatents, chosen: Sequence[int]) -> Float[Tenso
     return torch.stack(columns, dim=1) if columns else latents.values.new_zeros(len(latents.values), 0)
 
 
-def edited(
-    live: Live, raw: Float[Tensor, "batch d_model"], edits: Sequence[Edit], choice: dict[str, Any]
-) -> Float[Tensor, "batch d_model"]:
-    """raw + std · (z' − z) decoder."""
+class Encoded(NamedTuple):
+    """Raw activations, the same normalised, by what, and their latents."""
+
+    raw: Float[Tensor, "batch d_model"]
+    x: Float[Tensor, "batch d_model"]
+    stats: NormStats
+    latents: SparseLatents
+
+
+def encoded(live: Live, raw: Float[Tensor, "batch d_model"], choice: dict[str, Any]) -> Encoded:
     x, stats = live.autoencoder.normalize(raw)
+    return Encoded(raw, x, stats, live.autoencoder.encode(x, **choice))
+
+
+def edited(live: Live, found: Encoded, edits: Sequence[Edit]) -> Float[Tensor, "batch d_model"]:
+    """raw + std · (z' − z) decoder."""
     chosen = [edit.latent for edit in edits]
-    z = activations_of(live.autoencoder.encode(x, **choice), chosen)
+    z = activations_of(found.latents, chosen)
     change = torch.stack([edit.of(z[:, i]) for i, edit in enumerate(edits)], dim=1) - z
-    return raw + stats.std * (change @ live.autoencoder.weights.decoder[chosen])
+    return found.raw + found.stats.std * (change @ live.autoencoder.weights.decoder[chosen])
 
 
 def try_labelled(live: Live, table: str, *, seed: int = 0) -> dict[str, Any]:
@@ -239,11 +247,13 @@ def _check(live: Live, edits: Sequence[Edit], watch: Sequence[int], n_continue: 
 
 def _run(
     live: Live, tokens: Int[Tensor, "1 ctx"], edits: Sequence[Edit], choice: dict[str, Any]
-) -> tuple[Float[Tensor, "n_read width"], dict[str, Float[Tensor, "ctx vocab"]]]:
-    """The raw activations from the first position on, and the logits as they are, reconstructed and edited."""
+) -> tuple[Encoded, Float[Tensor, "n_read width"], dict[str, Float[Tensor, "ctx vocab"]]]:
+    """What is read from the first position on and its reconstruction (normalised); the logits as they are,
+    reconstructed and edited."""
     subject, site, first = live.subject, live.site, live.first_position
     if not subject.has_logits:
-        return subject.capture(tokens, site)[0, first:].float(), {}
+        found = encoded(live, subject.capture(tokens, site)[0, first:].float(), choice)
+        return found, live.autoencoder.decode(found.latents), {}
     raw = torch.empty(0)
 
     def look(x: Tensor) -> Tensor:
@@ -253,15 +263,15 @@ def _run(
 
     with lower_blocks_run_once(subject, site):
         logits = {"original": subject.run_with(tokens, site, look)[0]}
-        x, stats = live.autoencoder.normalize(raw)
-        recons = live.autoencoder.decode(live.autoencoder.encode(x, **choice))
-        replacements = {"recons": live.autoencoder.denormalize(recons, stats)}
+        found = encoded(live, raw, choice)
+        recons = live.autoencoder.decode(found.latents)
+        replacements = {"recons": live.autoencoder.denormalize(recons, found.stats)}
         if edits:
-            replacements["edited"] = edited(live, raw, edits, choice)
+            replacements["edited"] = edited(live, found, edits)
         for name, new in replacements.items():
             put = functools.partial(_from, first, new)
             logits[name] = subject.run_with(tokens, site, put)[0]
-    return raw, logits
+    return found, recons, logits
 
 
 def _from(first: int, new: Tensor, x: Float[Tensor, "1 ctx width"]) -> Float[Tensor, "1 ctx width"]:
@@ -333,7 +343,7 @@ def _continuation(
         n_seen += x.shape[1]
         if not edits:
             return x
-        new = edited(live, x[1, skip:].float(), edits, choice)
+        new = edited(live, encoded(live, x[1, skip:].float(), choice), edits)
         return torch.stack([x[0], torch.cat([x[1, :skip], new.to(x)])])
 
     both = tokens.expand(2 if edits else 1, -1)

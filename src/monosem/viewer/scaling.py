@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from monosem import artifacts
-from monosem.viewer import web
+from monosem.viewer import text, web
 from monosem.viewer.reading import Run
 from monosem.viewer.web import API, Endpoint, Site
 
@@ -23,10 +23,23 @@ def view(run: Run) -> dict[str, Any] | None:
     from monosem import scaling
 
     laws = [
-        {"name": name, **{k: v for k, v in entry.items() if k not in ("draws", "points", "frontier")}}
+        {
+            "name": name,
+            "place": place(entry.get("at") or {}),
+            **{k: v for k, v in entry.items() if k not in ("draws", "points", "frontier")},
+        }
         for name, entry in scaling.walk(report)
     ]
     return {"of": report["of"], "laws": laws, "costs": report.get("costs"), "excluded": report.get("excluded", [])}
+
+
+def place(at: dict[str, Any]) -> str:
+    """What a law holds fixed, in words."""
+    costs = {"flops": "over FLOPs", "flops_dense_equivalent": "over dense-equivalent FLOPs"}
+    parts = [f"k = {at['k']}" if "k" in at else "", costs.get(at.get("flops", ""), "")]
+    if "tokens" in at and "tokens_from" not in at:
+        parts.append(f"{text.number(at['tokens'])} tokens")
+    return ", ".join(filter(None, parts)) or "all runs"
 
 
 def figures(run: Run) -> list[dict[str, Any]]:

@@ -40,6 +40,16 @@ def number(value: float | int | None, digits: int = 3) -> str:
     return (f"{value:,.0f}" if 0 > places > -6 else f"{value:.{digits - 1}e}").replace("-", "−")
 
 
+def signed(value: float | None, digits: int = 3) -> str:
+    """The number with its sign, + too."""
+    return number(value, digits) if value is None or not value > 0 else f"+{number(value, digits)}"
+
+
+def digits_of(low: float, high: float) -> int:
+    """How many digits an interval and what is in it are shown with: 3, up to 7 where 3 make its ends alike."""
+    return next((n for n in range(3, 7) if low == high or f"{low:.{n}g}" != f"{high:.{n}g}"), 7)
+
+
 def percent(share: float | None) -> str:
     """A share as a percentage."""
     return number(share) if share is None or math.isnan(share) else f"{number(100 * share)}%"

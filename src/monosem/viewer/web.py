@@ -183,8 +183,8 @@ def environment() -> jinja2.Environment:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     found.filters |= {"visible": text.visible, "token": text.token, "prose": text.prose, "number": text.number}
-    found.filters |= {"percent": text.percent}
-    found.globals |= {"NAVIGATION": NAVIGATION, "COLUMNS": COLUMNS}
+    found.filters |= {"percent": text.percent, "signed": text.signed}
+    found.globals |= {"NAVIGATION": NAVIGATION, "COLUMNS": COLUMNS, "digits_of": text.digits_of}
     return found
 
 

@@ -3,6 +3,7 @@
 import { load } from "./data.js";
 import { startLatents } from "./latents.js";
 import { startPage } from "./main.js"; // which starts what the pages have anyway
+import { matching } from "./rank.js";
 
 const state = new URLSearchParams(location.search);
 
@@ -27,10 +28,11 @@ async function goAnywhere() {
 async function showLatent() {
   const tab = document.getElementById(`tab-${state.get("show")}`);
   if (state.get("text") === "full") document.getElementById("full")?.click();
+  document.querySelector(`[data-effect="${state.get("effect") === "loss" ? "loss" : "kl"}"]`)?.click();
   tab?.click();
-  document.getElementById("up").href = address("../latents.html", { show: null, text: null });
+  document.getElementById("up").href = address("../latents.html", { show: null, text: null, effect: null });
   const data = await load("latents");
-  const found = select(data);
+  const { found } = select(data);
   const here = Number(/(\d+)\.html$/.exec(location.pathname)[1]);
   const at = found.findIndex((row) => row.latent === here);
   const count = document.querySelector(".latent-head .steps .soft");
@@ -61,7 +63,7 @@ async function showTable() {
     location.replace(`latents/${Number(words)}.html`);
     return;
   }
-  const found = select(data);
+  const { found, order } = select(data);
   const pages = Math.max(1, Math.ceil(found.length / data.page_rows));
   const page = Math.min(Math.max(1, Number(state.get("page")) || 1), pages);
   const body = document.querySelector("table.grid tbody");
@@ -69,35 +71,31 @@ async function showTable() {
   const shown = found.slice((page - 1) * data.page_rows, page * data.page_rows);
   const cells = tableCells();
   body.replaceChildren(...shown.map((row) => tableRow(row, cells)));
-  sayTable(data, found);
+  sayTable(data, found, order);
   markHeads(data);
   keepFilters();
   for (const nav of document.querySelectorAll("nav.pages")) turnPages(nav, page, pages);
   startLatents(); // the keys walk the new rows
 }
 
-// The latents that the address asks for, in its order.
+// The latents that the address asks for, in its order, and that order in words.
 function select(data) {
-  const terms = (state.get("q") ?? "").toLowerCase().match(/[\p{L}\p{N}_]+/gu) ?? [];
+  const words = (state.get("q") ?? "").trim();
+  const { rows, ranked } = words ? matching(data, words) : { rows: data.rows, ranked: false };
   const bounds = data.columns.map((name) => [name, bound(`min_${name}`, -Infinity), bound(`max_${name}`, Infinity)])
     .filter(([, low, high]) => low > -Infinity || high < Infinity);
-  const kept = data.rows.filter((row) =>
+  const found = rows.filter((row) =>
     bounds.every(([name, low, high]) => row[name] !== null && row[name] >= low && row[name] <= high) &&
-    (!state.get("starred") || row.starred) && matches(row, terms));
+    (!state.get("starred") || row.starred));
   const sort = state.get("sort");
-  const sign = state.get("order") === "desc" ? -1 : 1;
-  const value = (row) => (data.columns.includes(sort) ? row[sort] : row.latent);
-  return kept.sort((a, b) => {
-    const [x, y] = [value(a), value(b)];
+  const down = state.get("order") === "desc";
+  if (!data.columns.includes(sort)) return { found: down ? found.reverse() : found, order: ranked ? "best match first" : "by number" };
+  found.sort((a, b) => {
+    const [x, y] = [a[sort], b[sort]];
     if (x === null || y === null) return (x === null) - (y === null) || a.latent - b.latent;
-    return sign * (x - y) || a.latent - b.latent;
+    return (down ? y - x : x - y) || a.latent - b.latent;
   });
-}
-
-function matches(row, terms) {
-  if (!terms.length) return true;
-  row.words ??= [row.explanation, row.examples, row.note, ...row.fires_on, ...(row.votes_for ?? [])].join(" ").toLowerCase();
-  return terms.every((term) => row.words.match(new RegExp(`(?<![\\p{L}\\p{N}_])${term}`, "u")));
+  return { found, order: `by ${sort}` };
 }
 
 function bound(name, otherwise) {
@@ -161,11 +159,11 @@ function shownNumber(value, share) {
   return text.replace("-", "−") + (share ? "%" : "");
 }
 
-function sayTable(data, found) {
+function sayTable(data, found, order) {
   const lead = document.querySelector(".head .lead");
   const all = found.length === data.rows.length;
   const of = `${found.length.toLocaleString("en")}${all ? "" : ` of ${data.rows.length.toLocaleString("en")}`}`;
-  lead.textContent = `${of} latents of this export; the autoencoder has ${data.n_latents.toLocaleString("en")}. `;
+  lead.textContent = `${of} latents of this export; the autoencoder has ${data.n_latents.toLocaleString("en")}. ${order === "best match first" ? "Best match first. " : ""}`;
   if ([...state.keys()].length) {
     const link = document.createElement("a");
     link.href = "latents.html";
@@ -194,6 +192,7 @@ function keepFilters() {
     if (input.type === "checkbox") input.checked = state.get(input.name) === input.value;
     else input.value = state.get(input.name) ?? "";
   }
+  form.querySelector("#sort option[value='']").textContent = state.get("q") ? "relevance" : "number";
   const details = form.querySelector("details");
   if (details) details.open = [...state.keys()].some((name) => /^(min|max)_/.test(name));
 }

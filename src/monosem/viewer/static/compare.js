@@ -7,8 +7,13 @@ export function startCompare() {
   choice?.addEventListener("change", () => choice.value && choice.form.requestSubmit());
   const waiting = document.getElementById("compare-waiting");
   if (!waiting) return;
-  load("compare", { with: choice.value }).then(() => location.reload(), (error) => {
+  const ask = () => load("compare", { with: choice.value, wait: 0 }).then((found) => {
+    if (found.table || found.unlike) return location.reload();
+    document.getElementById("compare-done").textContent = `${Math.floor(100 * found.done)}%`;
+    setTimeout(ask, 1000);
+  }, (error) => {
     waiting.className = "missing";
     waiting.textContent = error.message;
   });
+  ask();
 }

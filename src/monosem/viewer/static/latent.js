@@ -5,12 +5,61 @@ export function startLatent() {
   const section = document.getElementById("examples");
   const full = document.getElementById("full");
   startTabs(tabs);
+  startEffects(document.getElementById("effects"));
   full?.addEventListener("click", (event) => {
     event.preventDefault();
     const short = section.classList.toggle("short");
     full.textContent = short ? "Whole contexts" : "Around the peak";
     setState("text", short ? null : "full");
   });
+}
+
+// After an ablation: what colours the tokens, and below each text what the prediction of the token chosen turns to.
+function startEffects(section) {
+  const colours = [...section.querySelectorAll("[data-effect]")];
+  for (const colour of colours) {
+    colour.addEventListener("click", (event) => {
+      event.preventDefault();
+      section.classList.toggle("by-loss", colour.dataset.effect === "loss");
+      for (const other of colours) other === colour ? other.setAttribute("aria-current", "true") : other.removeAttribute("aria-current");
+      setState("effect", colour.dataset.effect === "kl" ? null : colour.dataset.effect);
+    });
+  }
+  for (const effect of section.querySelectorAll(".effect")) startEffect(effect);
+}
+
+function startEffect(effect) {
+  const tokens = [...effect.querySelectorAll("i[data-at]")];
+  if (!tokens.length) return;
+  const text = effect.querySelector(".tokens");
+  text.setAttribute("role", "group");
+  text.setAttribute("aria-label", "Tokens after the ablation; arrow keys move");
+  const panel = document.createElement("div");
+  panel.className = "at";
+  panel.setAttribute("aria-live", "polite");
+  text.after(panel);
+  const choose = (chosen) => {
+    for (const token of tokens) {
+      token.setAttribute("aria-pressed", String(token === chosen));
+      token.tabIndex = token === chosen ? 0 : -1;
+    }
+    const about = effect.querySelector(`li[data-at="${chosen.dataset.at}"]`);
+    panel.replaceChildren(...about.cloneNode(true).childNodes);
+  };
+  for (const token of tokens) {
+    token.setAttribute("role", "button");
+    token.removeAttribute("title"); // the panel says it
+    for (const event of ["pointerenter", "focus", "click"]) token.addEventListener(event, () => choose(token));
+  }
+  text.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    const at = tokens.indexOf(event.target);
+    if (!step || at < 0) return;
+    event.preventDefault();
+    tokens[Math.min(Math.max(at + step, 0), tokens.length - 1)].focus();
+  });
+  const size = (token) => Number(token.style.getPropertyValue("--a"));
+  choose(tokens.reduce((best, token) => (size(token) > size(best) ? token : best)));
 }
 
 function startTabs(tabs) {

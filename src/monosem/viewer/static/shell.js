@@ -61,7 +61,7 @@ function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || typing || document.querySelector("dialog[open]")) return;
   const press = { t: "theme", "?": "help-open", s: "star", r: "random", u: "up", f: "full", 1: "tab-top", 2: "tab-random", 3: "tab-quantile",
     j: "next", k: "previous", ArrowRight: "next", ArrowLeft: "previous" };
-  const inScroll = event.key.startsWith("Arrow") && event.target.closest?.(".scroll, [role=tablist]");
+  const inScroll = event.key.startsWith("Arrow") && event.target.closest?.(".scroll, [role=tablist], .tokens");
   const target = event.key === "/" ? document.getElementById("find") : document.getElementById(press[event.key] ?? "");
   if (!target || inScroll) return;
   event.preventDefault();

@@ -474,7 +474,9 @@ function shownAlone(token) {
 
 function short(value) {
   if (value === null || value === undefined) return "–";
-  return String(Number(value.toPrecision(3))).replace("-", "−");
+  const size = Math.abs(value);
+  if (Number.isInteger(value)) return value.toLocaleString("en").replace("-", "−");
+  return (size >= 1e-4 && size < 1000 ? value.toPrecision(3) : size >= 1000 ? Math.round(value).toLocaleString("en") : value.toExponential(1)).replace("-", "−");
 }
 
 function signed(value) {
