@@ -32,6 +32,8 @@ from monosem.types import SparseLatents, Weights
 
 _ROWS_AT_ONCE = 1024
 _TOLERANCE = 1e-3
+_PUT_BACK = ("layer_norm", "constant_norm_rescale")
+"""The normalisations of SAELens that its decode takes back, from what encode saw last."""
 
 Normalize = Callable[[Float[Tensor, "*batch d_model"]], tuple[Float[Tensor, "*batch d_model"], NormStats]]
 
@@ -53,6 +55,11 @@ def wrap(
     """
     if not (callable(getattr(module, "encode", None)) and callable(getattr(module, "decode", None))):
         raise ValueError(f"{type(module).__name__} has no encode and decode; give an autoencoder that has both")
+    if (kind := getattr(getattr(module, "cfg", None), "normalize_activations", None)) in _PUT_BACK:
+        raise ValueError(
+            f"decode of {type(module).__name__} takes back its normalize_activations={kind}; save it with SAELens, and "
+            "load_sae_lens reads layer_norm"
+        )
     probe = torch.zeros(1, d_model, **_place(module))
     with torch.no_grad():
         found = module.encode(probe)  # type: ignore[operator]
