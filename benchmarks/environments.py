@@ -83,7 +83,7 @@ def python_of(name: str) -> Path:
     peer = PEERS[name]
     folder = bench_cache() / f"{name}-{_fingerprint(peer)}"
     python, done = folder / "bin" / "python", folder / "installed.json"
-    with _locked(folder.with_suffix(".lock")):
+    with locked(folder.with_suffix(".lock")):
         if not done.exists():
             _install(name, peer, folder, python)
             done.write_text(json.dumps({"requirement": peer.requirement, "python": sys.version}))
@@ -101,14 +101,14 @@ def _install(name: str, peer: Peer, folder: Path, python: Path) -> None:
     venv.create(folder, clear=True, with_pip=True)
     install: list[str | Path] = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", CONSTRAINTS]
     if peer.lone:
-        _run([*install, *peer.extra])
-        _run([*install, "--no-deps", peer.requirement])
+        run([*install, *peer.extra])
+        run([*install, "--no-deps", peer.requirement])
     else:
-        _run([*install, peer.requirement])
+        run([*install, peer.requirement])
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Two benchmarks started at once make an environment once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
@@ -123,7 +123,7 @@ def _fingerprint(peer: Peer) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
-def _run(command: list[str | Path]) -> None:
+def run(command: list[str | Path]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -193,7 +194,11 @@ def test_wrap_says_what_does_not_fit(tmp_path: Path) -> None:
         def encode(self, x: Tensor) -> Tensor:
             return (super().encode(x), x)  # type: ignore[return-value]
 
+    class Normalising(SaeLensLike):
+        cfg = SimpleNamespace(normalize_activations="layer_norm")
+
     for module, message in (
+        (Normalising(), "takes back its normalize_activations=layer_norm; save it with SAELens"),
         (nn.Linear(2, 2), "Linear has no encode and decode"),
         (Affine(), "decode of Affine is not a weighted sum"),
         (Pair(), "encode of Pair gives tuple"),

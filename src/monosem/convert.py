@@ -5,29 +5,35 @@
 
 `wrap` takes any module with `encode` and `decode`: those of SAELens and dictionary_learning (`encode(x)` gives every
 latent, `decode(z)` takes them) and of sparsify (`encode(x)` gives `top_acts` and `top_indices`, `decode` takes both).
-`expose` gives what SAEBench (`core`, `sparse_probing`) and sae-probes take.
-Nothing of those libraries is imported.
+`expose` gives what SAEBench (`core`, `sparse_probing`) and sae-probes take. `save_sae_lens` and `load_sae_lens` write
+and read SAELens' files. Nothing of those libraries is imported.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from monosem import artifacts, model, variants
 from monosem.kernels import torch_sparse
 from monosem.model import Autoencoder, AutoencoderConfig, NormStats, check_choice, denormalize
 from monosem.types import SparseLatents, Weights
 
 _ROWS_AT_ONCE = 1024
 _TOLERANCE = 1e-3
+_PUT_BACK = ("layer_norm", "constant_norm_rescale")
+"""The normalisations of SAELens that its decode takes back, from what encode saw last."""
 
 Normalize = Callable[[Float[Tensor, "*batch d_model"]], tuple[Float[Tensor, "*batch d_model"], NormStats]]
 
@@ -49,6 +55,11 @@ def wrap(
     """
     if not (callable(getattr(module, "encode", None)) and callable(getattr(module, "decode", None))):
         raise ValueError(f"{type(module).__name__} has no encode and decode; give an autoencoder that has both")
+    if (kind := getattr(getattr(module, "cfg", None), "normalize_activations", None)) in _PUT_BACK:
+        raise ValueError(
+            f"decode of {type(module).__name__} takes back its normalize_activations={kind}; save it with SAELens, and "
+            "load_sae_lens reads layer_norm"
+        )
     probe = torch.zeros(1, d_model, **_place(module))
     with torch.no_grad():
         found = module.encode(probe)  # type: ignore[operator]
@@ -155,10 +166,7 @@ def expose(
     `model_name` and `hook_name` are what TransformerLens calls the subject and the site; by default the name that the
     subject had in training, and the site's. `ValueError` when neither is known.
     """
-    site = autoencoder.provenance.get("site", {})
-    model_name = model_name or site.get("model")
-    if hook_name is None and site.get("location") in _HOOKS:
-        hook_name = f"blocks.{site['layer']}.{_HOOKS[site['location']]}"
+    model_name, hook_name = _names(autoencoder, model_name, hook_name)
     layer = re.search(r"\d+", hook_name or "")
     for name, value in (("model_name", model_name), ("hook_name", layer and hook_name)):
         if not value:
@@ -174,6 +182,14 @@ def expose(
         model_from_pretrained_kwargs={}, dataset_trust_remote_code=False,
     )  # fmt: skip
     return Exposed(autoencoder, cfg)
+
+
+def _names(autoencoder: Autoencoder, model_name: str | None, hook_name: str | None) -> tuple[str | None, str | None]:
+    """What TransformerLens calls subject and site: as given, else as the provenance has it, else None."""
+    site = autoencoder.provenance.get("site", {})
+    if hook_name is None and site.get("location") in _HOOKS:
+        hook_name = f"blocks.{site['layer']}.{_HOOKS[site['location']]}"
+    return model_name or site.get("model"), hook_name
 
 
 class Exposed(nn.Module):
@@ -233,6 +249,131 @@ class Exposed(nn.Module):
     def forward(self, raw: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The reconstruction of raw activations."""
         return self.decode(self.encode(raw))
+
+
+SAE_LENS_FORMAT = "6.54.12"
+"""The version of SAELens whose files are written and read."""
+_SAE_LENS_CONFIG, _SAE_LENS_WEIGHTS = "cfg.json", "sae_weights.safetensors"
+_SAE_LENS_NORMALIZE: dict[str, Normalize | None] = {"none": None, "layer_norm": model.normalize}
+
+
+def save_sae_lens(
+    autoencoder: Autoencoder, folder: str | Path, *, model_name: str | None = None, hook_name: str | None = None
+) -> None:
+    """Write what SAELens' `SAE.load_from_disk` reads: a module of its own that computes what `autoencoder` does.
+
+    Its `layer_norm` is our normalisation, epsilon included. TopK is its `topk`, ReLU its `standard`, whatever has a
+    threshold a latent its `jumprelu`: gates, ProLU and BatchTopK are such thresholds once they are trained. The names
+    are those of `expose`, as far as they are known.
+    """
+    if isinstance(autoencoder, Wrapped):
+        autoencoder.save(folder)  # says why not
+    architecture, weights, choice = _asked_of_kernels(autoencoder)
+    model_name, hook_name = _names(autoencoder, model_name, hook_name)
+    tensors = {"W_enc": weights.encoder.T, "b_enc": weights.latent_bias, "W_dec": weights.decoder}
+    tensors["b_dec"] = weights.pre_bias
+    cfg = {
+        "architecture": architecture, "d_in": autoencoder.config.d_model, "d_sae": autoencoder.config.n_latents,
+        "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "layer_norm",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": SAE_LENS_FORMAT, "sae_lens_training_version": None, "model_name": model_name,
+            "hook_name": hook_name, "prepend_bos": True,
+        },
+    }  # fmt: skip
+    if architecture == "topk":
+        cfg |= {"k": choice, "rescale_acts_by_decoder_norm": False}
+    if isinstance(choice, Tensor):
+        tensors["threshold"] = choice
+    plain = {name: tensor.detach().float().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    artifacts.write_atomic(Path(folder) / _SAE_LENS_WEIGHTS, lambda temporary: save_file(plain, temporary))
+    artifacts.write_json(Path(folder) / _SAE_LENS_CONFIG, cfg)
+
+
+def load_sae_lens(folder: str | Path) -> Wrapped:
+    """The autoencoder in SAELens' files, for our evaluations; SAELens itself is not needed.
+
+    `ValueError` when there is none, or one of another architecture or input than the four and two known here.
+    """
+    folder = Path(folder)
+    try:
+        cfg = json.loads((folder / _SAE_LENS_CONFIG).read_text("utf-8"))
+        tensors = {name: t.float() for name, t in load_file(folder / _SAE_LENS_WEIGHTS).items()}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds no autoencoder of SAELens ({error}); give a folder it saved one in") from None
+    for field, known in (
+        ("architecture", ("standard", "topk", "jumprelu", "gated")),
+        ("normalize_activations", tuple(_SAE_LENS_NORMALIZE)),
+        ("reshape_activations", ("none",)),
+    ):
+        if cfg.get(field) not in known:
+            raise ValueError(
+                f"{field} of {folder} is {cfg.get(field)!r}; known are {', '.join(known)}: load it with SAELens "
+                f"{SAE_LENS_FORMAT} or later, and wrap that"
+            )
+    normalize = _SAE_LENS_NORMALIZE[cfg["normalize_activations"]]
+    return wrap(_FromSaeLens(tensors, cfg), cfg["d_in"], k=cfg.get("k"), normalize=normalize)
+
+
+class _FromSaeLens(nn.Module):
+    """z = ReLU(pre) where pre = (x - offset) W_enc + b_enc is above the threshold, or among the k largest."""
+
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    threshold: Tensor
+    offset: Tensor
+
+    def __init__(self, tensors: dict[str, Tensor], cfg: dict[str, Any]) -> None:
+        super().__init__()
+        encoder, decoder = tensors["W_enc"], tensors["W_dec"]
+        bias, threshold = tensors.get("b_enc", tensors.get("b_mag")), tensors.get("threshold", torch.zeros(1))
+        assert bias is not None
+        if cfg["architecture"] == "gated":  # the gate opens where the magnitude is above this
+            scale = tensors["r_mag"].exp()
+            encoder, threshold = encoder * scale, bias - scale * tensors["b_gate"]
+        if cfg.get("rescale_acts_by_decoder_norm"):
+            norms = decoder.norm(dim=1)
+            encoder, bias, decoder = encoder * norms, bias * norms, decoder / norms[:, None]
+        parts = {"W_enc": encoder, "b_enc": bias, "W_dec": decoder, "b_dec": tensors["b_dec"]}
+        for name, tensor in parts.items():
+            self.register_parameter(name, nn.Parameter(tensor.contiguous(), requires_grad=False))
+        self.register_buffer("threshold", threshold)
+        self.register_buffer("offset", tensors["b_dec"] * cfg["apply_b_dec_to_input"])
+        self.k = cfg.get("k")
+
+    def encode(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch n_latents"]:
+        pre = (x - self.offset) @ self.W_enc + self.b_enc
+        z = torch.where(pre > self.threshold, pre.relu(), 0)
+        if self.k is None:
+            return z
+        top = z.topk(self.k)
+        return torch.zeros_like(z).scatter(1, top.indices, top.values)
+
+    def decode(self, z: Float[Tensor, "batch n_latents"]) -> Float[Tensor, "batch d_model"]:
+        return z @ self.W_dec + self.b_dec
+
+
+def _asked_of_kernels(autoencoder: Autoencoder) -> tuple[str, Weights, int | Tensor | None]:
+    """Architecture, weights, and k or thresholds, as the activation function asks the kernels for its latents."""
+    asked: list[tuple[str, Weights, int | Tensor | None]] = []
+    settings = autoencoder.config
+
+    def noting(architecture: str) -> Callable[..., SparseLatents]:
+        def encode(x: Tensor, weights: Weights, choice: int | Tensor | None = None) -> SparseLatents:
+            asked.append((architecture, weights, choice))
+            return SparseLatents(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1), settings.n_latents)
+
+        return encode
+
+    kernel = ModuleType("noting")
+    for name, architecture in (("topk", "topk"), ("relu", "standard"), ("threshold", "jumprelu")):
+        setattr(kernel, f"{name}_encode", noting(architecture))
+    nothing = torch.zeros(0, settings.d_model, device=autoencoder.weights.pre_bias.device)
+    variants.encode(settings.activation, nothing, autoencoder.weights, autoencoder.extras, settings.k, kernel)
+    (found,) = asked
+    return found
 
 
 def _sparse(module: nn.Module, x: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
