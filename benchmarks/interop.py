@@ -214,9 +214,9 @@ def compare(run: str, n_contexts: int) -> dict[str, Any]:
         }
         for first in (0, 1)
     }  # fmt: skip
-    raw = torch.cat([subject.capture(part, site) for part in tokens.split(8)])
-    rows = raw.flatten(0, 1).float()
-    tally = reconstruction.tally(autoencoder, [rows], torch.zeros(len(rows), dtype=torch.long))
+    raw = torch.cat([subject.capture(part, site) for part in tokens.split(8)]).float()
+    rows, counted = raw.flatten(0, 1), raw[:, opened.store.first_position :].flatten(0, 1)
+    tally = reconstruction.tally(autoencoder, [counted], torch.zeros(len(counted), dtype=torch.long))
     ours = {m.name: m.value for m in reconstruction.metrics(tally, n_resamples=10, seed=0)}
     recons = autoencoder(rows)
     error = (recons - rows).square().sum(1)
@@ -279,7 +279,7 @@ def text(found: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.interop", description=__doc__.splitlines()[0])
     parser.add_argument("--run", default="runs/demo", help="run folder of the autoencoder")
-    parser.add_argument("--contexts", type=int, default=64, help="held-out contexts for core")
+    parser.add_argument("--contexts", type=int, default=32, help="held-out contexts for core")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"))
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
