@@ -63,7 +63,7 @@ def _compute(report: dict[str, Any], flops: str) -> Picture:
         series.append(_fit(entry, power("", "c"), {"c": grid}, grid, "L(C)", -1))
     name = "compute" if flops == "flops" else "compute_dense_equivalent"
     what = "FLOPs" if flops == "flops" else "dense-equivalent FLOPs"
-    return Picture(name, f"L(C) at k = {k}", what, "normalized MSE", series, _note(entry))
+    return Picture(name, f"L(C) at k = {k}, C in {what}", what, "normalized MSE", series, _note(entry))
 
 
 def _joint(entry: dict[str, Any], fitted: list[dict[str, Any]], *, along: str, by: str) -> Picture:
