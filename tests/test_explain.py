@@ -24,6 +24,7 @@ from monosem.evals import probes, tasks
 from monosem.explained import ExplainStore
 from monosem.explanations import entry, words
 from monosem.explanations.entry import explain
+from monosem.explanations.seen import Seen
 from monosem.kernels import reference
 from monosem.model import Autoencoder
 from monosem.subject import Subject
@@ -62,6 +63,18 @@ def test_statistics_are_those_of_all_training_tokens(found: ExplainStore, z: np.
     assert np.allclose(found.column("max"), z.max((0, 1)), rtol=1e-5)
     assert np.array_equal(found.column("histogram").sum(1), (z > 0).sum((0, 1)))
     assert found.column("histogram").shape[1] == len(found.column("histogram_edges"))
+
+
+def test_a_block_encoded_meanwhile_is_taken_in_as_one_encoded_in_turn(run: Path) -> None:
+    store, autoencoder = ActivationStore.open(run / "store"), Autoencoder.load(run / "autoencoder")
+    in_turn, threaded = (Seen(autoencoder, store, seed=0) for _ in range(2))
+    for block in range(store.n_blocks("train")):
+        in_turn.add(in_turn.encode(block))
+    threaded.add_all(range(store.n_blocks("train")))
+    assert np.array_equal(in_turn.moments.powers, threaded.moments.powers)
+    for kind, columns in in_turn.examples().items():
+        for name, column in columns.items():
+            assert np.array_equal(column, threaded.examples()[kind][name]), (kind, name)
 
 
 @pytest.mark.parametrize("kind", ["top", "random", "quantile"])
