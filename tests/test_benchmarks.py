@@ -205,14 +205,18 @@ def test_the_memory_of_all_workers_decides_whether_peers_go_first(monkeypatch: p
     assert groups == [names, ["naive", "sparsify"], ["torch", "sparsify"]]
 
 
-def test_probes_says_what_it_extrapolated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_probes_says_what_it_extrapolated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     sizes = {"n-latents": 64, "n-texts": 40, "n-tasks": 6, "d-model": 8, "n-shuffles": 2, "measure": 1}
     sizes["threads"] = torch.get_num_threads()
-    monkeypatch.setattr(sys, "argv", ["probes", *(word for k, v in sizes.items() for word in (f"--{k}", str(v)))])
+    flags = [word for k, v in sizes.items() for word in (f"--{k}", str(v))]
+    monkeypatch.setattr(sys, "argv", ["probes", *flags, "--out", str(tmp_path)])
     module("probes").main()
     printed = capsys.readouterr().out
-    assert "64 latents, 40 texts, 6 tasks" in printed and "0 probes did not converge" in printed
+    assert "64 latents, 40 texts, 6 tasks" in printed and "0 of 64 probes did not converge" in printed
     assert printed.count("(extrapolated from 1 tasks)") == 4
+    assert (tmp_path / "probes-cpu.md").read_text() == printed.removesuffix("\n")
 
 
 def test_explain_times_the_pass_beside_the_harvest(
@@ -222,7 +226,8 @@ def test_explain_times_the_pass_beside_the_harvest(
     activations = importlib.import_module("monosem.activations")
     plain = activations.capture_block  # compiling takes too long here
     monkeypatch.setattr(activations, "capture_block", lambda *read, compiled=False: plain(*read))
-    options = ["--latents", "32,64", "--k", "4", "--steps", "2", "--blocks", "2", "--threads", "1"]
+    options = ["--latents", "32,64", "--k", "4", "--steps", "2", "--blocks", "2"]
+    options += ["--threads", str(torch.get_num_threads())]  # which it sets, for every test that follows
     options += ["--store", str(tmp_path / "run" / "store"), "--out", str(tmp_path)]
     assert module("__main__").main(["explain", *options]) == 0
     with (tmp_path / "explain-cpu.csv").open() as file:
