@@ -454,6 +454,26 @@ EVALUATIONS = {
 }  # fmt: skip
 
 
+def exactness() -> str:
+    """What the compiled kernels select, and the errors of their gradients."""
+    found = json.loads((RESULTS / "exactness.json").read_text())
+    selected = markdown(
+        ["selecting product", "canonical scores a row", "rows that outgrew their buffer", "recall of the true top k"],
+        [
+            [name, f"{s['scores_per_row']:.1f}", str(s["saturated_rows"]), f"{s['recall']:.6g}"]
+            for name, s in found["selection"].items()
+        ],
+    )
+    errors = found["errors"]
+    gradients = markdown(
+        ["relative error of the gradient", *errors["native"]],
+        [[name, *(f"{error:.1e}" for error in of_part.values())] for name, of_part in errors.items()],
+    )
+    sizes = f"{found['n_latents']:,} latents, d_model {found['d_model']}, k {found['k']}, {found['n_rows']:,} rows"
+    about = f"{sizes}; {found['dead']:.0%} of the latents taken as dead for AuxK; kernels: {found['level']}."
+    return f"{about}\n\n{selected}\n\n{gradients}"
+
+
 def evals_complete() -> str:
     """The loss of the subject as more and more latents of one autoencoder take simulated values, up to all of them."""
     found = json.loads((RESULTS / "evals" / "complete.json").read_text())
@@ -503,6 +523,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lab_converged_laws": lab_converged_laws,
     "lab_exponents": lab_exponents,
     **{name: functools.partial(evaluations, columns) for name, columns in EVALUATIONS.items()},
+    "exactness": exactness,
     "evals_complete": evals_complete,
     "evals_claims": evals_claims,
 }
