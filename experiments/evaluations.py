@@ -56,7 +56,7 @@ class Claim(NamedTuple):
 
 
 def main(folders: list[str]) -> None:
-    if not folders:
+    if not folders or folders == ["--complete"]:
         sys.exit(__doc__)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("monosem").setLevel(logging.INFO)

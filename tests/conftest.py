@@ -120,6 +120,18 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_corpus(tmp_path_factory.mktemp("tiny_corpus"))
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A real Chromium. What is expected of its pages may take 20 s, as on a machine with other work."""
+    from playwright.sync_api import expect, sync_playwright
+
+    from browsing import chromium
+
+    expect.set_options(timeout=20_000)
+    with sync_playwright() as playwright, chromium(playwright) as found:
+        yield found
+
+
 @pytest.fixture(scope="session")
 def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of SmolLM2-135M-Instruct, Q4_1, de-quantised, of a few thousand tokens; for tests marked `real`."""

@@ -178,6 +178,10 @@ def test_rules_of_every_latent_leave_nothing_real(run: EvalConfig) -> None:
     assert "48 of 48 latents simulated" in metrics["explanation_kl"]["unit"]
     zero, mean = metrics["explanation_kl_zero"]["value"], metrics["explanation_kl"]["value"]
     assert zero != mean
+    with_rules = evaluate(dataclasses.replace(run, suite="basic"))["metrics"]
+    assert with_rules["n2g_precision"]["n"] == 48, "it is not replaced by less"
+    with pytest.raises(ValueError, match="suite basic makes no rules"):
+        dataclasses.replace(run, suite="basic", n2g=3)
 
 
 @pytest.mark.parametrize("activation", ["relu", "jumprelu"])

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Route, expect
 
-from browsing import AUDIT, chromium, serving, visiting
+from browsing import AUDIT, serving, visiting
 from monosem.viewer import text
 from monosem.viewer.web import Site
 from viewer_runs import N_LATENTS, make_nasty, tiny_run, write_ablations, write_words
@@ -20,13 +20,6 @@ from viewer_runs import N_LATENTS, make_nasty, tiny_run, write_ablations, write_
 LAB = next((Path(__file__).parent.parent / "results").glob("*/lab/joint"))
 PAGES = ("/", "/latents?sort=max&order=desc", "/latents/4", "/scaling", "/latents/9999")
 NARROW, WIDE = {"width": 360, "height": 740}, {"width": 1440, "height": 900}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=20_000)
-    with sync_playwright() as playwright, chromium(playwright) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

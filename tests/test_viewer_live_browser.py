@@ -9,9 +9,9 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
-from browsing import AUDIT, chromium, serving, visiting
+from browsing import AUDIT, serving, visiting
 from monosem.config import ExplainConfig, TrainConfig
 from monosem.explanations.entry import explain
 from monosem.training import train
@@ -22,13 +22,6 @@ from viewer_runs import make_nasty, tiny_run
 NARROW, WIDE = {"width": 360, "height": 740}, {"width": 1440, "height": 900}
 TEXT = "the story and the end of a town"
 TRIED = re.compile(r"\d+ tokens, ")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=20_000)
-    with sync_playwright() as playwright, chromium(playwright) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from urllib.parse import urlencode
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
-from browsing import AUDIT, chromium, serving, visiting
+from browsing import AUDIT, serving, visiting
 from monosem.artifacts import read_json
 from monosem.config import ExplainConfig, TrainConfig
 from monosem.explanations.entry import explain
@@ -31,13 +31,6 @@ class Served(NamedTuple):
     address: str
     latent: int
     """One that was ablated."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=20_000)
-    with sync_playwright() as playwright, chromium(playwright) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

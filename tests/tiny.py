@@ -74,8 +74,8 @@ def tiny_texts(n_documents: int, seed: int = 0) -> list[str]:
     return [f"{_sentences(rng, lexicon, weights)} Story {number}." for number in range(n_documents)]
 
 
-def tiny_run(out: Path, model: Path, corpus: Path) -> None:
-    """A store of the subject in out/store, and 48 TopK latents trained on it in `out`: a second or two."""
+def tiny_run(out: Path, model: Path, corpus: Path, n_latents: int = 48) -> None:
+    """A store of the subject in out/store, and TopK latents trained on it in `out`: a second or two."""
     from monosem.activations import harvest
     from monosem.config import HarvestConfig, TrainConfig
     from monosem.training import train
@@ -86,7 +86,7 @@ def tiny_run(out: Path, model: Path, corpus: Path) -> None:
             n_tokens_held_out=400, held_out_fraction=0.2, dtype="float32", block_contexts=8, device="cpu",
         )
     )  # fmt: skip
-    train(TrainConfig(out=str(out), store=str(out / "store"), n_latents=48, k=4, n_tokens=3000, batch_size=100))
+    train(TrainConfig(out=str(out), store=str(out / "store"), n_latents=n_latents, k=4, n_tokens=3000, batch_size=100))
 
 
 def _sentences(rng: random.Random, lexicon: list[str], weights: list[float]) -> str:

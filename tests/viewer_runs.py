@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from monosem.activations import harvest
-from monosem.config import EvalConfig, ExplainConfig, HarvestConfig, TrainConfig
+import tiny
+from monosem.config import EvalConfig, ExplainConfig
 from monosem.evals import evaluate
 from monosem.explanations.entry import explain
-from monosem.training import train
 
 N_LATENTS = 64
 NASTY = (
@@ -25,17 +24,7 @@ NASTY = (
 
 def tiny_run(folder: Path, model: Path, corpus: Path) -> Path:
     """A run folder with an autoencoder, an evaluation and an explanation, honest and small."""
-    harvest(
-        HarvestConfig(
-            out=str(folder / "store"), model=str(model), corpus=str(corpus), context_length=16, n_tokens=2000,
-            n_tokens_held_out=400, held_out_fraction=0.2, dtype="float32", block_contexts=8, device="cpu",
-        )
-    )  # fmt: skip
-    train(
-        TrainConfig(
-            out=str(folder), store=str(folder / "store"), n_latents=N_LATENTS, k=4, n_tokens=3000, batch_size=100
-        )
-    )
+    tiny.tiny_run(folder, model, corpus, N_LATENTS)
     evaluate(EvalConfig(run=str(folder), n_tokens_downstream=256, n_bootstrap=20))
     explain(ExplainConfig(run=str(folder), n2g=0, ablations=0, device="cpu"))
     return folder

@@ -232,6 +232,8 @@ class EvalConfig:
         _at_least(self, 1, "n_tokens_downstream")
         if self.n2g not in (None, "all"):
             _at_least(self, 1, "n2g")
+        if self.n2g is not None and self.suite == "basic":
+            raise ValueError(f"n2g is {self.n2g}, but suite basic makes no rules; choose suite quick or paper")
         _at_least(self, 20, "n_bootstrap")
         _one_of(self, "suite", Suite)
         _check_seed(self.seed)

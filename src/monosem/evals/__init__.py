@@ -140,7 +140,9 @@ def _finished(path: Path, kind: str, settings: dict[str, Any], sources: dict[str
         return None
     found = artifacts.read_manifest(path, kind)
     version = artifacts.versions().get("monosem")
-    at_least = [{**settings, "suite": suite} for suite in SIZES] if settings.get("suite") == "basic" else [settings]
+    at_least = [settings]
+    if settings.get("suite") == "basic":
+        at_least = [{**settings, "suite": suite, "n2g": found["config"].get("n2g")} for suite in SIZES]
     if (found["sources"], found["versions"].get("monosem")) != (sources, version) or found["config"] not in at_least:
         log.info("%s is of another config, autoencoder, store or version: evaluating again", path)
         return None
