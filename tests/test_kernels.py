@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from types import ModuleType
 
 import pytest
@@ -244,3 +246,16 @@ def test_a_precision_that_torch_does_not_have_is_refused() -> None:
     x, weights = make(3, 4, 8)
     with pytest.raises(ValueError, match="int8 needs impl=native"):
         torch_sparse.topk_encode(x, weights, 2, "int8")
+
+
+def test_the_first_square_roots_of_a_process_are_those_of_the_next() -> None:
+    """Two threads that call MKL first would get some of another rounding, in one process of five."""
+    script = """
+import torch
+torch.set_num_threads(2)
+from monosem import kernels
+x = torch.rand(3072, generator=torch.Generator().manual_seed(0))
+assert x.sqrt().equal(x.sqrt())
+"""
+    for _ in range(5):
+        subprocess.run([sys.executable, "-c", script], check=True)

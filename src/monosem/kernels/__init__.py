@@ -26,6 +26,10 @@ import torch
 
 log = logging.getLogger("monosem")
 
+# MKL chooses its code for sqrt, exp and the like in their first call; when two threads make that call together, one of
+# them may get results of another rounding.
+torch.ones(1).sqrt()
+
 _MODULES = {"reference": "reference", "torch": "torch_sparse", "native": "native", "triton": "triton_step"}
 
 

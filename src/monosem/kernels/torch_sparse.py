@@ -18,6 +18,7 @@ from monosem.types import FIRED_THRESHOLD, LossSpec, OptimizerState, SparseLaten
 
 _CHUNK_ELEMENTS = 1 << 22  # of one temporary: 16 MiB of fp32 stays in a CPU's last-level cache
 _CHUNK_ELEMENTS_GPU = 1 << 28
+_SUMMED_AT_ONCE = 64  # rows
 
 
 def topk_encode(
@@ -109,7 +110,7 @@ def sparse_gradients(
         encoder=_segment_sums(tokens, starts_N, d_values, x_BD - weights.pre_bias),
         latent_bias=d_bias_N,
         decoder=_segment_sums(tokens, starts_N, latents.values[tokens, slots], d_recons_BD),
-        pre_bias=d_recons_BD.sum(0) - d_bias_N @ weights.encoder,
+        pre_bias=d_recons_BD.sum(0) - _weighted_sum(d_bias_N, weights.encoder),
     )
 
 
@@ -131,7 +132,7 @@ def relu_gradients(x_BD: Float[Tensor, "batch d_model"], weights: Weights, spec:
         gradients.decoder.addmm_(z_CN.T, d_recons_CD)
         gradients.latent_bias.add_(d_z_CN.sum(0))
         gradients.pre_bias.add_(d_recons_CD.sum(0))
-    gradients.pre_bias.sub_(gradients.latent_bias @ weights.encoder)
+    gradients.pre_bias.sub_(_weighted_sum(gradients.latent_bias, weights.encoder))
     mse, auxiliary = spec.mse_scale * squared / x_BD.numel(), l1 / len(x_BD)
     never = torch.zeros((), dtype=torch.bool, device=x_BD.device)
     loss = mse + spec.sparsity_coef * auxiliary
@@ -176,7 +177,7 @@ def add_auxk_gradients(
     gradients.encoder[dead] += keep(d_encoder)
     gradients.latent_bias[dead] += keep(d_bias)
     gradients.decoder[dead] += keep(d_decoder)
-    gradients.pre_bias.sub_(keep(d_bias @ encoder))
+    gradients.pre_bias.sub_(keep(_weighted_sum(d_bias, encoder)))
     return auxiliary, dropped
 
 
@@ -259,3 +260,9 @@ def _gathered_dots(g_BD: Tensor, indices_BK: Tensor, matrix_ND: Tensor) -> Tenso
 def _segment_sums(tokens: Tensor, starts_N: Tensor, factors: Tensor, rows_BD: Tensor) -> Tensor:
     """[N, D]: for each latent, the sum over its (token, factor) pairs of factor * rows[token], in token order."""
     return F.embedding_bag(tokens, rows_BD, starts_N, per_sample_weights=factors, mode="sum")
+
+
+def _weighted_sum(factors_N: Tensor, rows_ND: Tensor) -> Tensor:
+    """factors @ rows, in an order of its own: BLAS's depends on the number of threads, and its error grows with N."""
+    every = torch.arange(len(rows_ND), device=rows_ND.device)
+    return _segment_sums(every, every[::_SUMMED_AT_ONCE], factors_N, rows_ND).sum(0)
