@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("variants",),
     ("model",),
+    ("families", "loading", "vocabulary"),
     ("step", "subject", "tokens", "convert"),
     ("checkpoint", "activations", "n2g"),
     ("stream", "run_folder"),

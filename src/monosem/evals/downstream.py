@@ -21,9 +21,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from monosem.evals.bootstrap import Statistic, as_metric, bootstrap, clusters_of, ratio
+from monosem.families import FAMILIES
 from monosem.logs import progress
 from monosem.model import Autoencoder
-from monosem.subject import FAMILIES, Subject
+from monosem.subject import Subject
 from monosem.types import LOCATIONS, Metric, Site
 
 _LOGITS_BYTES = 1 << 28  # of one forward; two are alive at once
