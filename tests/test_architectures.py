@@ -38,7 +38,7 @@ def test_a_block_by_its_name_is_the_stream_after_it(subjects: dict[str, Subject]
     site = subject.site(location=BLOCK_OF[kind])
     assert site.layer == 1 and subject.site_width(site) == 32
     there = subject.capture(x, site)
-    torch.testing.assert_close(there, states[2])
+    torch.testing.assert_close(there, states[1 if kind == "mamba" else 2])  # whose states leave the embeddings out
     after = subject.site(location=BLOCK_OF[kind].replace(".1", ".2") + ":input")
     assert torch.equal(subject.capture(x, after), there)
     assert torch.equal(subject.run_with(x, site, lambda a: a), subject.logits(x))
@@ -194,7 +194,7 @@ DAMAGES: dict[str, tuple[str, Any, str]] = {
     "an absolute shard": (INDEX, shards({"lm_head.weight": "/etc/passwd"}), "no file beside it"),
     "a missing shard": (INDEX, shards({"lm_head.weight": "model-00002-of-2.safetensors"}), "lacks model-00002"),
     "an index of nothing": (INDEX, lambda _: b'{"weight_map": [1]}', "no weight_map"),
-    "a nested index": (INDEX, lambda _: NESTED, "index"),
+    "a nested index": (INDEX, lambda _: NESTED, "index.json cannot be read"),
     "weights cut": ("model.safetensors", lambda data: data[:-999], "cannot load"),
     "weights without header": ("model.safetensors", lambda data: bytes(8) + data[8:], "cannot load"),
     "weights empty": ("model.safetensors", lambda _: b"", "cannot load"),

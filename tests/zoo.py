@@ -71,7 +71,8 @@ ENCODERS: dict[str, tuple[Any, Any, str]] = {
     "t5": (hf.T5EncoderModel, hf.T5Config(vocab_size=VOCAB_SIZE, d_model=32, d_kv=8, d_ff=64, num_layers=2,
                                           num_heads=4, pad_token_id=2, eos_token_id=1), "encoder.block.1"),
     "llama without a head": (hf.LlamaModel, hf.LlamaConfig(**_WIDE), "layers.1"),
-    "albert": (hf.AlbertForMaskedLM, hf.AlbertConfig(**_BERT, embedding_size=16), "encoder.embedding_hidden_mapping_in"),
+    "albert": (hf.AlbertForMaskedLM, hf.AlbertConfig(**_BERT, embedding_size=16),
+               "encoder.embedding_hidden_mapping_in"),
 }  # fmt: skip
 """Without a head: class, config, a module of them."""
 

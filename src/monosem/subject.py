@@ -106,9 +106,10 @@ class Subject:
         self.model, self.revision, self.name = model, revision, name
         self.tokenizer, self.tokenizer_hash = tokenizer, loading.tokenizer_hash(tokenizer)
         self.module = module
-        self.n_layers = text_config.num_hidden_layers
-        self.d_model = text_config.hidden_size
-        self.vocab_size = module.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        embeddings: Any = module.get_input_embeddings()  # type: ignore[operator]
+        self.n_layers = getattr(text_config, "num_hidden_layers", 0)
+        self.d_model = getattr(text_config, "hidden_size", embeddings.embedding_dim)
+        self.vocab_size = embeddings.num_embeddings
         self.max_context = loading.max_context(module, text_config)
         self.prefix_token = loading.prefix_token(tokenizer, text_config, self.vocab_size)
         parameter = next(module.parameters())
