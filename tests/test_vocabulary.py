@@ -66,7 +66,7 @@ def unigram() -> PreTrainedTokenizerFast:
 def word_piece() -> PreTrainedTokenizerFast:
     trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]"], show_progress=False)
     decoder = decoders.WordPiece(cleanup=False)
-    model = models.WordPiece(unk_token="[UNK]")  # type: ignore[call-arg]
+    model = models.WordPiece(unk_token="[UNK]")
     return trained(model, trainer, pre_tokenizers.BertPreTokenizer(), decoder, unk_token="[UNK]")
 
 

@@ -180,7 +180,7 @@ class Subject:
 
             return hook
 
-        modules = [self._passed_once(site) for site in sites]
+        modules = [self.passed_once(site) for site in sites]
         blocks = self._whole_blocks(sites, [module for module, _ in modules]) if compiled else []
         with contextlib.ExitStack() as hooks:
             for i, (module, side) in enumerate(modules):
@@ -216,7 +216,7 @@ class Subject:
         With `past`, what `read` kept of earlier tokens, `tokens` go on from there; `past` itself stays as it is.
         """
         self._require_logits()
-        target, side = self._passed_once(site)
+        target, side = self.passed_once(site)
         if isinstance(past, Tensor):  # the tokens themselves: they run again
             n_past = past.shape[1]
             late = lambda x: torch.cat([x[:, :n_past], replace(x[:, n_past:]).to(x)], dim=1)  # noqa: E731
@@ -245,7 +245,7 @@ class Subject:
         The tensor at `site` is replaced at all tokens, the new ones too; `replace` gets one token at a time of those.
         """
         self._require_logits()
-        target, side = self._passed_once(site)
+        target, side = self.passed_once(site)
         if tokens.shape[1] + n_tokens > self.max_context:
             raise ValueError(f"{tokens.shape[1]} + {n_tokens} tokens; {self.name} reads at most {self.max_context}")
         ids, past, found, kept = tokens.to(self.device, torch.long), None, [], self._keeps_past
@@ -391,7 +391,7 @@ class Subject:
                 f"{self.name} is an encoder and gives no next-token logits; choose a causal language model"
             )
 
-    def _passed_once(self, site: Site) -> tuple[nn.Module, Side]:
+    def passed_once(self, site: Site) -> tuple[nn.Module, Side]:
         """As `_module_at`, of a module that a forward pass calls once. `ValueError` for any other.
 
         Those of known locations are; a module given by its name is watched in a forward pass the first time.

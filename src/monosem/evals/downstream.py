@@ -187,6 +187,7 @@ def lower_blocks_run_once(subject: Subject, site: Site) -> Iterator[None]:
     The first forward keeps what the last of them returns; from then on each of them returns that at once. What they
     compute does not depend on what is put at the site, so no bit of any logit changes.
     """
+    subject.passed_once(site)  # now, so that no forward pass but the caller's is the first
     blocks = _blocks_below(subject, site)
     if not blocks:
         yield
