@@ -175,8 +175,8 @@ def compare(run: str, n_contexts: int) -> dict[str, Any]:
 
     from monosem import convert
     from monosem.evals import downstream, probes, reconstruction, tasks
-    from monosem.run_folder import open_run
     from monosem.loading import locate
+    from monosem.run_folder import open_run
     from monosem.subject import Subject
 
     opened = open_run(run, None, torch.device("cpu"))
