@@ -172,10 +172,9 @@ class ActivationStore:
         start = within * self.block_rows
         return self._shard(split, shard).get_slice("activations")[start : start + self.block_rows]
 
-    @pinned_methods
     def batches(self, split: str, batch_size: int) -> Iterator[Float[Tensor, "batch width"]]:
         """All rows of the split once, in stored order, as fp32; the last batch may be short."""
-        rows = torch.empty(0, self.width)
+        rows = torch.empty(0, self.width, dtype=torch.float32, device="cpu")  # not the caller's default
         for index in range(self.n_blocks(split)):
             *whole, rows = torch.cat([rows, self.block(split, index).float()]).split(batch_size)
             yield from whole

@@ -37,7 +37,7 @@ _POOL_CHECK = 1 << 15
 
 
 def pinned(function: F) -> F:
-    """The function, run in the state above; a generator function's every step is."""
+    """The function, run in the state above."""
     return _decorated(function, forward=False)
 
 
@@ -120,20 +120,7 @@ class _Setting(NamedTuple):
 
 
 def _decorated(function: F, *, forward: bool) -> F:
-    if inspect.isgeneratorfunction(function):
-
-        @functools.wraps(function)
-        def steps(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            items = function(*args, **kwargs)
-            while True:
-                with state(forward=forward):
-                    try:
-                        item = next(items)
-                    except StopIteration:
-                        return
-                yield item
-
-        return steps  # type: ignore[return-value]
+    assert not inspect.isgeneratorfunction(function), "its steps would run outside"
 
     @functools.wraps(function)
     def inside(*args: Any, **kwargs: Any) -> Any:
