@@ -156,7 +156,11 @@ def test_interrupt_saves_and_says_how_to_go_on(number: signal.Signals, store: Pa
     ]
     command = [sys.executable, "-m", "monosem", "train", *map(str, flags), "--log-every-steps", "1"]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # where the tests run in the background it is ignored
     )
     metrics = MetricsLog(tmp_path / "run" / "metrics.jsonl")
     for _ in range(600):
