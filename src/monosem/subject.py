@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 from monosem import artifacts, loading, resources, vocabulary
 from monosem.families import FAMILIES, INTO_STREAM, Point, Side
+from monosem.torch_state import pinned, pinned_methods
 from monosem.types import LOCATIONS, Site, resolve_device
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -81,6 +82,7 @@ class Subject:
     """The one token put before texts: BOS, or for want of it CLS, EOS, PAD or token 0."""
 
     @classmethod
+    @pinned
     def load(cls, model: str, *, revision: str | None = None, dtype: str = "bfloat16", device: str = "auto") -> Subject:
         """The subject named by `model`: a named resource, a local folder, a .gguf file, or a hub id.
 
@@ -147,6 +149,7 @@ class Subject:
             raise ValueError(f"layer is {layer} but the module {location!r} is in layer {default}; leave layer unset")
         return site
 
+    @pinned_methods
     def site_width(self, site: Site) -> int:
         """Length of the vectors at `site`. `ValueError` where it gives none, or is passed several times."""
         return self.capture(self._few_tokens(), site).shape[-1]
@@ -161,6 +164,7 @@ class Subject:
         """
         return self.capture_all(tokens, [site], compiled=compiled)[0]
 
+    @pinned_methods
     def capture_all(
         self, tokens: Int[Tensor, "batch ctx"], sites: Sequence[Site], *, compiled: bool = False
     ) -> list[Float[Tensor, "batch ctx width"]]:
@@ -207,6 +211,7 @@ class Subject:
                 return []
         return list(self.module.get_submodule(blocks).children())[: site.layer + whole]
 
+    @pinned_methods
     def run_with(
         self, tokens: Int[Tensor, "batch ctx"], site: Site, replace: Replace, past: Any = None
     ) -> Float[Tensor, "batch ctx vocab"]:
@@ -231,11 +236,13 @@ class Subject:
         with _hook(target, side, swap):
             return self._forward(tokens, past).logits
 
+    @pinned_methods
     def logits(self, tokens: Int[Tensor, "batch ctx"]) -> Float[Tensor, "batch ctx vocab"]:
         """The next-token logits, in the subject's dtype. `ValueError` for an encoder, which has none."""
         self._require_logits()
         return self._forward(tokens).logits
 
+    @pinned_methods
     @torch.inference_mode()
     def continue_with(
         self, tokens: Int[Tensor, "batch ctx"], site: Site, replace: Replace, n_tokens: int, choose: Choose
@@ -267,6 +274,7 @@ class Subject:
                 found.append(new)
         return torch.cat(found, dim=1)
 
+    @pinned_methods
     @torch.no_grad()
     def unembedding(self, site: Site) -> tuple[Float[Tensor, "vocab width"], Float[Tensor, " width"]]:
         """The unembedding's rows, and what a direction at `site` is multiplied by before them, to first order.
@@ -323,6 +331,7 @@ class Subject:
         """Each token as text, by id, as its tokenizer's decoder has it (`monosem.vocabulary`)."""
         return vocabulary.pieces(self.tokenizer, self.vocab_size)
 
+    @pinned_methods
     @torch.inference_mode()
     def read(self, tokens: Int[Tensor, "batch ctx"]) -> Any:
         """The keys and values of `tokens` in every layer: the `past` of `run_with`.
