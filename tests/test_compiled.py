@@ -134,8 +134,11 @@ def test_what_does_not_compile_is_harvested_plain_and_logged(
     config: HarvestConfig, large: None, compile_: Any, told: str, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    plain = harvest(dataclasses.replace(config, out=f"{config.out}-plain", location="model.layers.2"))
-    assert "no block is known to be over before model.layers.2" in caplog.text
+    harvest(dataclasses.replace(config, out=f"{config.out}-norm", location="model.norm"))
+    assert "no block is known to be over before model.norm" in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr(activations, "COMPILE_FROM_TOKENS", config.n_tokens + config.n_tokens_held_out + 1)
+        plain = harvest(dataclasses.replace(config, out=f"{config.out}-plain"))
     monkeypatch.setattr(torch, "compile", compile_)
     store = harvest(config)
     assert told in caplog.text and store.manifest["compiled"] is False
