@@ -66,8 +66,8 @@ struct RowsStats {
   int64_t n_rescored;   // canonical dot products of the top k
   int64_t n_saturated;  // rows whose candidates outgrew their buffer and were scored exactly, latent by latent
   int64_t n_rerun;      // rows whose threshold started too high, so that they were swept once more
-  int64_t n_recalled;   // chosen latents that are among the k of largest upper bounds on their row
-  int64_t n_chosen;     // positive latents of the top k, on rows that were not saturated
+  int64_t n_audited;    // latents of the true top k of the rows that were audited
+  int64_t n_missed;     // of these, how many the product left out
   int64_t product_ns;   // in the product and its threshold test; in the end the mean of the threads
 };
 
@@ -123,7 +123,7 @@ struct UpdateTask {
 struct Level {
   const char* name;
   int64_t panel_latents;
-  bool has_low;  // bf16 and int8; else they run as fp32
+  bool has_low;  // int8, and mostly bf16; else they run as fp32
 
   /// 32-bit words a row takes when packed.
   int64_t (*packed_words)(Precision, int64_t d_model);
@@ -174,6 +174,7 @@ struct Level {
 
 const Level* level_amx();  // null where the compiler or the architecture has none
 const Level* level_avx512();
+const Level* level_avxvnni();
 const Level* level_avx2();
 const Level* level_portable();
 

@@ -303,10 +303,7 @@ inline int64_t select(const RowsTask& task, const float* centred, Candidates& c,
   int64_t count = 0;
   for (int64_t j = 0; j < c.count[i]; ++j)
     if (value[j] > 0) s.ranks[count++] = rank_key(value[j], index[j]);
-  const uint64_t least = count > c.k ? kth_largest(s.ranks, count, c.k) : 0;
-  for (int64_t j = 0; j < c.count[i] && j < c.k; ++j)
-    stats.n_recalled += value[j] > 0 && rank_key(value[j], index[j]) >= least;
-  stats.n_chosen += count < c.k ? count : c.k;
+  if (count > c.k) kth_largest(s.ranks, count, c.k);
   return count < c.k ? count : c.k;
 }
 

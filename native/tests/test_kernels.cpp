@@ -186,8 +186,11 @@ void check(const Case& c, Precision precision) {
   const bool* dead_flags = reinterpret_cast<const bool*>(dead.data());
 
   Arrays gradients(n, d, NAN);
-  std::vector<int64_t> fired(static_cast<size_t>(n), -1);
-  const Terms terms = topk_gradients(c.shape, w.view(), x.data(), precision, c.loss, dead_flags, gradients.view(), fired.data());
+  std::vector<int64_t> fired(static_cast<size_t>(n), -1), rows = {0, batch - 1};
+  const Audit audit{rows.data(), 2};
+  const Terms terms =
+      topk_gradients(c.shape, w.view(), x.data(), precision, c.loss, dead_flags, audit, gradients.view(), fired.data());
+  if (terms.stats.n_missed || (terms.n_active == batch * c.loss.k && terms.stats.n_audited != 2 * c.loss.k)) fail("audit", c);
   const Truth truth(c, w, x, dead);
   if (!(std::abs(terms.mse - truth.mse) <= 1e-5 * truth.mse)) fail("mse", c);
   expect_near("encoder gradient", c, gradients.encoder, truth.encoder);
@@ -199,14 +202,14 @@ void check(const Case& c, Precision precision) {
   Arrays first(n, d), second(n, d), average(n, d), w2 = w, first2 = first, second2 = second, average2 = average;
   const Update update{1, 1e-3, 0.9, std::numeric_limits<double>::infinity(), 0.9, 0.999, 6.25e-10};
   apply_update(c.shape, w.view(), gradients.view(), first.view(), second.view(), average.view(), update);
-  topk_step(c.shape, w2.view(), x.data(), precision, c.loss, dead_flags, fired.data(), first2.view(), second2.view(),
-            average2.view(), update);
+  topk_step(c.shape, w2.view(), x.data(), precision, c.loss, dead_flags, audit, fired.data(), first2.view(),
+            second2.view(), average2.view(), update);
   for (size_t p = 0; p < 4; ++p)
     if (*w.parts()[p] != *w2.parts()[p] || *average.parts()[p] != *average2.parts()[p]) fail("step", c);
 
   std::vector<int64_t> index(static_cast<size_t>(batch * c.loss.k));
   std::vector<float> value(index.size()), recons(x.size());
-  topk_encode(c.shape, w.view(), x.data(), precision, c.loss.k, index.data(), value.data());
+  topk_encode(c.shape, w.view(), x.data(), precision, c.loss.k, {}, index.data(), value.data());
   decode(c.shape, w.view(), index.data(), value.data(), c.loss.k, recons.data());
   check_sparse_gradients(c, w, x, index, value, recons);
   for (const float low : {0.0f, 4.0f}) check_thresholds(c, w, x, precision, low);
@@ -224,7 +227,7 @@ void check_strange_rows(Precision precision) {
   std::fill_n(dead.begin(), c.n_dead, char{1});
   std::vector<int64_t> fired(dead.size());
   const Terms terms = topk_gradients(c.shape, w.view(), x.data(), precision, c.loss,
-                                     reinterpret_cast<const bool*>(dead.data()), gradients.view(), fired.data());
+                                     reinterpret_cast<const bool*>(dead.data()), {}, gradients.view(), fired.data());
   if (!std::isnan(terms.mse) || !terms.auxk_dropped) fail("a loss of rows that are not finite", c);
   if (terms.stats.n_saturated == 0) fail("the count of saturated rows", c);
 }
