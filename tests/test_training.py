@@ -170,13 +170,15 @@ def test_auto_falls_back_loudly_where_an_audit_finds_a_miss_and_a_resume_keeps_t
     config = configured(store, tmp_path / "run", impl="native", log_every_steps=5, save_every_s=0.0)
     native_kernels.missed_at[:] = [19, 20]  # an audit of a logged step alone
 
-    def interrupted(*_: Any) -> None:
-        if len(native_kernels.selected_by) == 33:
-            raise RuntimeError("power cut")
+    with monkeypatch.context() as patched:
 
-    monkeypatch.setattr(training.artifacts, "sha256_file", raising_before(training.artifacts.sha256_file, interrupted))
-    with pytest.raises(RuntimeError, match="power cut"):
-        train(config)
+        def interrupted(*_: Any) -> None:
+            if len(native_kernels.selected_by) == 33:
+                raise RuntimeError("power cut")
+
+        patched.setattr(training.artifacts, "sha256_file", raising_before(training.artifacts.sha256_file, interrupted))
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(config)
     assert native_kernels.selected_by == ["int8"] * 20 + ["fp32"] * 13
     assert "step 20: int8 products missed 4 of 128 latents" in caplog.text
     state = json.loads((tmp_path / "run" / "state" / "latest.json").read_text())
