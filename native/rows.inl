@@ -303,7 +303,10 @@ inline int64_t select(const RowsTask& task, const float* centred, Candidates& c,
   int64_t count = 0;
   for (int64_t j = 0; j < c.count[i]; ++j)
     if (value[j] > 0) s.ranks[count++] = rank_key(value[j], index[j]);
-  if (count > c.k) kth_largest(s.ranks, count, c.k);
+  const uint64_t least = count > c.k ? kth_largest(s.ranks, count, c.k) : 0;
+  for (int64_t j = 0; j < c.count[i] && j < c.k; ++j)
+    stats.n_recalled += value[j] > 0 && rank_key(value[j], index[j]) >= least;
+  stats.n_chosen += count < c.k ? count : c.k;
   return count < c.k ? count : c.k;
 }
 

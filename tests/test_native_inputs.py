@@ -72,7 +72,7 @@ def test_rows_in_reverse_by_a_negative_stride_are_right() -> None:
     with pytest.raises(ValueError, match="negative"):
         torch.from_numpy(backwards)
     indices, values = torch.empty(ROWS, K, dtype=torch.int64), torch.empty(ROWS, K)
-    _native.topk_encode(backwards, weights, K, "fp32", torch.empty(0, dtype=torch.int64), indices, values)
+    _native.topk_encode(backwards, weights, K, "fp32", indices, values)
     expected = native.topk_encode(torch.from_numpy(np.ascontiguousarray(backwards)), weights, K)
     assert torch.equal(indices, expected.indices) and torch.equal(values, expected.values)
 

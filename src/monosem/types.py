@@ -88,8 +88,8 @@ class StepGradients(NamedTuple):
     l0: Float[Tensor, ""]
     """Mean number of positive values a token."""
     stats: dict[str, Any] | None = None
-    """How the latents were found, for the log; None where the kernels do not count (native/README.md: recall, n_audited,
-    n_missed, n_saturated, n_rerun, n_rescored, product_s)."""
+    """How the latents were found, for the log; None where the kernels do not count (native/README.md: recall,
+    n_audited, n_missed, n_saturated, n_rerun, n_rescored, product_s)."""
     extras: Extras = {}  # noqa: RUF012 (nothing writes to it)
     """Gradients of the extras that are trained."""
     buffers: Extras = {}  # noqa: RUF012

@@ -1,13 +1,14 @@
 """The step in compiled code (native/), for fp32 tensors on the CPU: the same functions as `torch_sparse`.
 
-The dense product is fused with the selection, so that [B, N] never exists, and may be taken in bf16 or int8: it only has
-to find every latent that could be among the top k. The values of latents are always fp32 dot products summed in one
-order, so that every precision gives the same bits, whatever the number of threads. For fp32 and bf16 that is proven. int8
-is so coarse that it takes an assumption about its rounding errors; "auto" takes it where it is the fastest and audits it:
-some rows are compared with their true top k, and where one latent was missed, the batch is selected again in fp32.
+The dense product is fused with the selection, so that [B, N] never exists, and may be taken in bf16 or int8: it only
+has to find every latent that could be among the top k. The values of latents are always fp32 dot products summed in
+one order, so that every precision gives the same bits, whatever the number of threads. For fp32 and bf16 that is
+proven. int8 is so coarse that it takes an assumption about its rounding errors; "auto" takes it where it is the fastest
+and audits it: some rows are compared with their true top k, and where one latent was missed, the batch is selected
+again in fp32.
 
-NaN or Inf in a row of x makes that row's values NaN, in the weights every value; the loss is then NaN. Equal values: the
-lower index first.
+NaN or Inf in a row of x makes that row's values NaN, in the weights every value; the loss is then NaN. Equal values:
+the lower index first.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def _topk_encode(
     indices = torch.empty(len(x_BD), k, dtype=torch.int64)
     values = torch.empty(len(x_BD), k)
     product, rows = _audited(precision, audit, len(x_BD))
-    stats = _native.topk_encode(x_BD, weights, k, product, rows, indices, values)
+    stats = _native.topk_encode(x_BD, weights, k, product, indices, values, rows)
     _log_stats(stats, len(x_BD), precision)
     return SparseLatents(indices, values, len(weights.latent_bias)), stats
 
@@ -116,7 +117,7 @@ def _seconds_to_encode(x_BD: Tensor, weights: Weights, precision: str) -> float:
 
 
 def choose_precision(x_BD: Float[Tensor, "batch d_model"], weights: Weights, k: int) -> str:
-    """`fastest_precision` if it finds the true top k of these rows, and is not lost in candidates; else the exact one."""
+    """`fastest_precision` if it finds the true top k of these rows among few candidates; else an exact one."""
     precision = fastest_precision()
     if precision not in _UNPROVEN:
         return precision
@@ -198,8 +199,8 @@ def topk_gradients(
     x_BD, weights = _rows("x", x_BD), _readable(weights)
     gradients = Weights(*(torch.empty_like(w) for w in weights))
     n_fired = torch.empty(len(weights.latent_bias), dtype=torch.int64)
-    loss = _loss_arguments(spec, len(x_BD))
-    terms = _native.topk_gradients(x_BD, weights, dead_N.contiguous(), *loss, n_fired, gradients)
+    loss, audit = _loss_arguments(spec, len(x_BD))
+    terms = _native.topk_gradients(x_BD, weights, dead_N.contiguous(), *loss, n_fired, gradients, audit)
     return _step(spec, gradients, terms, n_fired, len(x_BD))
 
 
@@ -247,9 +248,9 @@ def topk_step(
     average = None if optimizer.average is None else _writable(optimizer.average)
     moments = _writable(optimizer.first), _writable(optimizer.second), average
     n_fired = torch.empty(len(weights.latent_bias), dtype=torch.int64)
-    loss = _loss_arguments(spec, len(x_BD))
+    loss, audit = _loss_arguments(spec, len(x_BD))
     terms, norm = _native.topk_step(
-        x_BD, _writable(weights), dead_N.contiguous(), *loss, n_fired, *moments, *_update_arguments(update)
+        x_BD, _writable(weights), dead_N.contiguous(), *loss, n_fired, *moments, *_update_arguments(update), audit
     )
     return _step(spec, None, terms, n_fired, len(x_BD)), torch.tensor(norm)
 
@@ -266,8 +267,9 @@ def apply_update(
     return torch.tensor(norm)
 
 
-def _loss_arguments(spec: LossSpec, n_rows: int) -> tuple[int, float, int, float, str, Tensor]:
-    return spec.k, spec.mse_scale, spec.auxk, spec.auxk_coef, *_audited(spec.precision, spec.audit, n_rows)
+def _loss_arguments(spec: LossSpec, n_rows: int) -> tuple[tuple[int, float, int, float, str], Tensor]:
+    product, audit = _audited(spec.precision, spec.audit, n_rows)
+    return (spec.k, spec.mse_scale, spec.auxk, spec.auxk_coef, product), audit
 
 
 def _audited(precision: str, audit: Sequence[int], n_rows: int) -> tuple[str, Tensor]:
