@@ -153,6 +153,7 @@ def native_kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
         out, norm = fused(x, weights, spec, dead, optimizer, update)
         selected_by.append(spec.precision)
         if update.step in missed_at and spec.audit:
+            assert out.stats is not None
             missed = {**out.stats, "n_missed": 4, "recall": 1 - 4 / out.stats["n_audited"]}
             out = out._replace(stats=missed)
         return out, norm
