@@ -352,16 +352,16 @@ def test_statistics_that_are_not_ours_are_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("stub", [SaeLensLike, DictionaryLike, SparsifyLike, PaperLike])
 def test_a_module_is_judged_to_the_precision_of_its_dtype(stub: type[nn.Module], dtype: torch.dtype) -> None:
-    module = stub().to(dtype)
+    module: Any = stub().to(dtype)
     pre_bias = module.pre_bias if isinstance(module, PaperLike) else module.b_dec
-    pre_bias.data += 5  # type: ignore[operator, union-attr]  # large beside the decoder's rows
+    pre_bias.data += 5  # large beside the decoder's rows
     n_latents = N_LATENTS if stub is SparsifyLike else None
     autoencoder = convert.wrap(module, D_MODEL, n_latents=n_latents, k=K)
     assert autoencoder.tells_pre_activations
     named = dict(module.named_parameters())
     decoder = named["W_dec"] if "W_dec" in named else named["decoder.weight"].T
     torch.testing.assert_close(autoencoder.weights.decoder, decoder.float(), atol=1e-5, rtol=0)
-    torch.testing.assert_close(autoencoder.weights.pre_bias, pre_bias.float(), atol=1e-5, rtol=0)  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(autoencoder.weights.pre_bias, pre_bias.float(), atol=1e-5, rtol=0)
 
 
 class Skipping(SaeLensLike):

@@ -429,15 +429,16 @@ _SAE_LENS_KNOWN: dict[str, tuple[Any, ...]] = {
 }
 """Settings that decide what the latents are, and their values that are read here."""
 _SAE_LENS_SIZES = {"d_in", "d_sae", "k"}
-_SAE_LENS_HARMLESS = set(
-    "dtype device metadata model_name model_class_name model_from_pretrained_kwargs hook_name hook_layer hook_point "
-    "hook_point_layer prepend_bos context_size dataset_path dataset_trust_remote_code exclude_special_tokens "
-    "seqpos_slice neuronpedia_id sae_lens_version sae_lens_training_version activation_fn_kwargs l1_coefficient lp_norm "
-    "l1_warm_up_steps use_ghost_grads mse_loss_normalization noise_scale normalize_sae_decoder "
-    "scale_sparsity_penalty_by_decoder_norm decoder_orthogonal_init decoder_init_norm decoder_heuristic_init "
-    "init_encoder_as_decoder_transpose b_dec_init_method aux_loss_coefficient jumprelu_init_threshold "
-    "jumprelu_bandwidth lr seed train_batch_size_tokens training_tokens".split()
-)
+_SAE_LENS_HARMLESS = {
+    "dtype", "device", "metadata", "model_name", "model_class_name", "model_from_pretrained_kwargs", "hook_name",
+    "hook_layer", "hook_point", "hook_point_layer", "prepend_bos", "context_size", "dataset_path",
+    "dataset_trust_remote_code", "exclude_special_tokens", "seqpos_slice", "neuronpedia_id", "sae_lens_version",
+    "sae_lens_training_version", "activation_fn_kwargs", "l1_coefficient", "lp_norm", "l1_warm_up_steps",
+    "use_ghost_grads", "mse_loss_normalization", "noise_scale", "normalize_sae_decoder",
+    "scale_sparsity_penalty_by_decoder_norm", "decoder_orthogonal_init", "decoder_init_norm",
+    "decoder_heuristic_init", "init_encoder_as_decoder_transpose", "b_dec_init_method", "aux_loss_coefficient",
+    "jumprelu_init_threshold", "jumprelu_bandwidth", "lr", "seed", "train_batch_size_tokens", "training_tokens",
+}  # fmt: skip
 """Settings that say where the activations come from, or how it was trained."""
 _SAE_LENS_TENSORS = {"standard": ("b_enc",), "topk": ("b_enc",), "jumprelu": ("b_enc", "threshold")}
 _SAE_LENS_TENSORS["gated"] = ("b_gate", "b_mag", "r_mag")
