@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("variants",),
     ("model",),
-    ("step", "subject", "tokens", "convert", "dtypes"),
+    ("step", "subject", "tokens", "convert", "dtypes", "packing"),
     ("checkpoint", "activations", "n2g"),
     ("stream", "run_folder"),
     ("training", "evals", "scaling"),

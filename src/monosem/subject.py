@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from monosem import artifacts, resources
@@ -65,6 +65,13 @@ class Point(NamedTuple):
 
     path: str
     side: Side
+
+
+class Layout(NamedTuple):
+    """For tokens that are no texts one after the other: where each stands, and which others it sees."""
+
+    positions: Int[Tensor, "batch ctx"]
+    sees: Bool[Tensor, "batch ctx ctx"]
 
 
 class Family(NamedTuple):
@@ -234,21 +241,26 @@ class Subject:
         return self.capture(torch.tensor([[self.prefix_token]]), site).shape[-1]
 
     def capture(
-        self, tokens: Int[Tensor, "batch ctx"], site: Site, *, compiled: bool = False
+        self, tokens: Int[Tensor, "batch ctx"], site: Site, *, compiled: bool = False, layout: Layout | None = None
     ) -> Float[Tensor, "batch ctx width"]:
         """The activations at `site`, in the subject's dtype and on its device. Nothing after the site is computed.
 
         `compiled` runs `blocks_before(site)` through torch.compile: faster, with other rounding, and after a delay of
         seconds to half a minute at the first call for a shape. `RuntimeError` or `OSError` where they do not compile.
         """
-        return self.capture_all(tokens, [site], compiled=compiled)[0]
+        return self.capture_all(tokens, [site], compiled=compiled, layout=layout)[0]
 
     def capture_all(
-        self, tokens: Int[Tensor, "batch ctx"], sites: Sequence[Site], *, compiled: bool = False
+        self,
+        tokens: Int[Tensor, "batch ctx"],
+        sites: Sequence[Site],
+        *,
+        compiled: bool = False,
+        layout: Layout | None = None,
     ) -> list[Float[Tensor, "batch ctx width"]]:
         """As `capture` at each of the sites, in one forward pass that ends at the last one reached.
 
-        `compiled` leaves blocks plain that have a site inside.
+        `compiled` leaves blocks plain that have a site inside. With a `layout`, tokens are no texts but what it says.
         """
         found: dict[int, Tensor] = {}
 
@@ -269,7 +281,7 @@ class Subject:
                 hooks.enter_context(_hook(module, side, keep(i)))
             hooks.enter_context(self._compile(blocks))
             with contextlib.suppress(_SitesReachedError):
-                self._forward(tokens)
+                self._forward(tokens, layout=layout)
         for i, site in enumerate(sites):
             if i not in found:
                 raise ValueError(
@@ -370,14 +382,15 @@ class Subject:
         return self.module.base_model(tokens.to(self.device, torch.long), use_cache=True).past_key_values  # type: ignore[operator]
 
     @torch.inference_mode()
-    def _forward(self, tokens: Tensor, past: Any = None) -> Any:
+    def _forward(self, tokens: Tensor, past: Any = None, layout: Layout | None = None) -> Any:
         """Every context is full, so no attention mask is needed; nothing is kept for later, so no KV cache either."""
         if tokens.ndim != 2 or tokens.is_floating_point() or 0 in tokens.shape:
             raise ValueError(
                 f"tokens have shape {list(tokens.shape)}, dtype {tokens.dtype}; give integers [batch, ctx]"
             )
-        if tokens.shape[1] > self.max_context:
-            raise ValueError(f"contexts of {tokens.shape[1]} tokens; {self.name} reads at most {self.max_context}")
+        longest = tokens.shape[1] if layout is None else int(layout.positions.max()) + 1
+        if longest > self.max_context:
+            raise ValueError(f"contexts of {longest} tokens; {self.name} reads at most {self.max_context}")
         ids = tokens.to(torch.long)
         low, high = (int(end) for end in ids.aminmax())
         if low < 0 or high >= self.vocab_size:
@@ -385,6 +398,10 @@ class Subject:
         options: dict[str, Any] = {"use_cache": False} if self.has_logits else {}
         if past is not None:
             options = {"use_cache": True, "past_key_values": copy.deepcopy(past)}
+        if layout is not None:
+            unseen = torch.zeros(layout.sees.shape, dtype=self.dtype, device=self.device)
+            unseen.masked_fill_(~layout.sees.to(self.device), torch.finfo(self.dtype).min)
+            options |= {"position_ids": layout.positions.to(self.device), "attention_mask": unseen[:, None]}
         return self.module(ids.to(self.device), **options)
 
     @contextlib.contextmanager
