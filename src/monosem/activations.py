@@ -40,6 +40,7 @@ from monosem.config import HarvestConfig, changed_fields, to_dict
 from monosem.logs import progress
 from monosem.subject import Subject
 from monosem.tokens import Contexts, contexts, corpus_hash, is_local
+from monosem.torch_state import pinned, pinned_methods
 from monosem.types import Site, resolve_device
 
 log = logging.getLogger("monosem")
@@ -62,6 +63,7 @@ _FREE_FIELDS = ("out", "device", "layers")
 """Fields of the config that a resumed harvest may change: they decide where, not what."""
 
 
+@pinned
 def harvest(config: HarvestConfig) -> ActivationStore:
     """The finished store in `config.out`: made, completed where a killed harvest left off, or found complete.
 
@@ -76,6 +78,7 @@ def harvest(config: HarvestConfig) -> ActivationStore:
     return _harvested([config])[0]
 
 
+@pinned
 def harvest_layers(config: HarvestConfig) -> list[ActivationStore]:
     """A finished store for each of `config.layers`, in `config.out`/layer-L: `harvest` of all in one forward pass.
 
@@ -149,6 +152,7 @@ class ActivationStore:
             raise ValueError(f"{path / 'manifest.json'} is damaged ({error!r}); {_REPAIR}") from None
 
     @property
+    @pinned_methods
     def mean(self) -> Float[Tensor, " width"]:
         """Mean of the training rows in raw space, float64."""
         return self._file(self.manifest["mean"]).get_tensor("mean")
@@ -159,6 +163,7 @@ class ActivationStore:
     def n_rows(self, split: str) -> int:
         return self._split(split)["n_rows"]
 
+    @pinned_methods
     def block(self, split: str, index: int) -> Float[Tensor, "block_rows width"]:
         """Block `index` of the split, in the store's dtype."""
         if not 0 <= index < self.n_blocks(split):
@@ -169,7 +174,7 @@ class ActivationStore:
 
     def batches(self, split: str, batch_size: int) -> Iterator[Float[Tensor, "batch width"]]:
         """All rows of the split once, in stored order, as fp32; the last batch may be short."""
-        rows = torch.empty(0, self.width)
+        rows = torch.empty(0, self.width, dtype=torch.float32, device="cpu")  # not the caller's default
         for index in range(self.n_blocks(split)):
             *whole, rows = torch.cat([rows, self.block(split, index).float()]).split(batch_size)
             yield from whole
@@ -179,6 +184,7 @@ class ActivationStore:
         """All rows of the split in the store's dtype, in memory."""
         return torch.cat([self.block(split, index) for index in range(self.n_blocks(split))])
 
+    @pinned_methods
     def contexts(self, split: str, n_blocks: int | None = None) -> Contexts:
         """The tokens that the rows of the split belong to, with their addresses; at least those of the first blocks."""
         n_shards = len(self._split(split)["shards"])

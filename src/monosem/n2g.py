@@ -35,6 +35,7 @@ from monosem.logs import progress
 from monosem.model import Autoencoder
 from monosem.packing import Row, lay_out, pack
 from monosem.subject import Layout, Subject
+from monosem.torch_state import pinned, pinned_methods
 from monosem.types import FIRED_THRESHOLD, Site, SparseLatents
 
 log = logging.getLogger("monosem")
@@ -89,6 +90,7 @@ class LatentReader:
         self.packs = subject.dtype == torch.float32
         self._packs_up_to = 0  # tokens of a text, as far as that is known
 
+    @pinned_methods
     @torch.no_grad()
     def read(self, tokens: Int[Tensor, "batch ctx"], *, last: bool = False) -> SparseLatents:
         """The latents of every token, in reading order, or of the last token of each text only."""
@@ -109,6 +111,7 @@ class LatentReader:
         for batch in progress(batches, "read latents", "tok", total=len(batches) * each, each=each):
             yield batch, columns(self.read(batch), latents).unflatten(0, batch.shape)
 
+    @pinned_methods
     def at_last(self, texts: Sequence[tuple[int, ...]], latents: Sequence[int]) -> list[float]:
         """The activation of `latents[i]` at the last token of `texts[i]`.
 
@@ -211,6 +214,7 @@ def columns(latents: SparseLatents, which: Int[Tensor, " m"]) -> Float[Tensor, "
     return dense
 
 
+@pinned
 def collect(stream: Stream, latents: Int[Tensor, " m"], *, n_top: int, n_random: int, seed: int) -> list[Examples]:
     """For each latent its `n_top` strongest contexts, and `n_random` drawn uniformly among all on which it fires.
 
@@ -281,6 +285,7 @@ class _Text(NamedTuple):
     original: float
 
 
+@pinned
 def build(reader: LatentReader, examples: Sequence[Examples]) -> list[Rule]:
     """One rule a latent, empty for a latent without examples. All share their forward passes.
 
@@ -349,6 +354,7 @@ def _with(tokens: tuple[int, ...], i: int, new: int) -> tuple[int, ...]:
     return (*tokens[:i], new, *tokens[i + 1 :])
 
 
+@pinned
 def predict(
     rule: Rule, tokens: Int[Tensor, "n_contexts ctx"], *, compatible: bool = False
 ) -> Float[Tensor, "n_contexts ctx"]:
