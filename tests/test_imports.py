@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("variants",),
     ("model",),
+    ("families", "loading", "vocabulary"),
     ("step", "subject", "tokens", "convert", "dtypes", "packing"),
     ("checkpoint", "activations", "n2g"),
     ("stream", "run_folder"),
