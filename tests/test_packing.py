@@ -126,7 +126,12 @@ def test_in_bfloat16_nothing_is_packed(tmp_path: Path) -> None:
 
 def test_longer_texts_than_those_tried_are_tried_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, tried = reader_of(tmp_path, "llama"), []
-    monkeypatch.setattr(reader, "_packs_well", lambda length: tried.append(length) or True)
+
+    def packs_well(length: int) -> bool:
+        tried.append(length)
+        return True
+
+    monkeypatch.setattr(reader, "_packs_well", packs_well)
     for length in (1, 30, 60, 64, 65, 100):
         reader.at_last([tuple(range(3, 3 + length))], [0])
     assert tried == [64, 127], "twice the longest, and no more than the subject reads behind its prefix"
