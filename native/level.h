@@ -123,7 +123,7 @@ struct UpdateTask {
 struct Level {
   const char* name;
   int64_t panel_latents;
-  bool has_low;  // bf16 and int8; else they run as fp32
+  bool has_low;  // int8, and mostly bf16; else they run as fp32
 
   /// 32-bit words a row takes when packed.
   int64_t (*packed_words)(Precision, int64_t d_model);
@@ -172,9 +172,13 @@ struct Level {
                         int64_t count, float factor);
 };
 
-const Level* level_amx();  // null where the compiler or the architecture has none
+// Null where the compiler has none; those of another architecture are not built.
+const Level* level_amx();
 const Level* level_avx512();
 const Level* level_avx2();
+const Level* level_neon_mmla();
+const Level* level_neon_dot();
+const Level* level_neon();
 const Level* level_portable();
 
 }  // namespace monosem

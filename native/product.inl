@@ -63,6 +63,17 @@ inline __attribute__((always_inline)) void end_sums(const Lanes (&acc)[kRows][2]
   }
 }
 
+/// acc[r][v] += x[r] w[v]. A level that has a better way of its own overloads it.
+template <int kRows>
+inline __attribute__((always_inline)) void add_products(Vec (&acc)[kRows][2], const float* x, Vec w0, Vec w1) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    const Vec xr = splat(x[r]);
+    acc[r][0] = fma(xr, w0, acc[r][0]);
+    acc[r][1] = fma(xr, w1, acc[r][1]);
+  }
+}
+
 struct Fp32Product {
   using Registers = NoRegisters;
   static constexpr int kRows = kTileRows;
@@ -87,15 +98,7 @@ struct Fp32Product {
     begin_sums(acc, sums, resumes);
     const float* x = reinterpret_cast<const float*>(tile);
     const float* w = reinterpret_cast<const float*>(panel);
-    for (int64_t s = 0; s < steps; ++s, x += kRows, w += kPanel) {
-      const Vec w0 = load(w), w1 = load(w + kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const Vec xr = splat(x[r]);
-        acc[r][0] = fma(xr, w0, acc[r][0]);
-        acc[r][1] = fma(xr, w1, acc[r][1]);
-      }
-    }
+    for (int64_t s = 0; s < steps; ++s, x += kRows, w += kPanel) add_products(acc, x, load(w), load(w + kLanes));
     end_sums(acc, sums);
   }
 };

@@ -1,7 +1,5 @@
 #include "step.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -9,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "threads.h"
 #include "workspace.h"
 
 namespace monosem {
@@ -82,7 +81,7 @@ int64_t padded(int64_t d) { return ceil_div(d, 16) * 16; }
 
 /// One scratch area a thread, allocated before the threads start: nothing may throw inside a parallel region.
 std::vector<char*> thread_scratch(int64_t bytes) {
-  const size_t n = static_cast<size_t>(omp_get_max_threads());
+  const size_t n = static_cast<size_t>(max_threads());
   if (workspace.threads.size() < n) workspace.threads.resize(n);
   std::vector<char*> areas;
   for (size_t i = 0; i < n; ++i) areas.push_back(workspace.threads[i].take<char>(bytes));
@@ -93,8 +92,7 @@ std::vector<char*> thread_scratch(int64_t bytes) {
 template <class Body>
 void parallel(int64_t count, int64_t scratch_bytes, Body body) {
   const std::vector<char*> areas = thread_scratch(scratch_bytes);
-#pragma omp parallel for schedule(dynamic, 1)
-  for (int64_t i = 0; i < count; ++i) body(i, areas[static_cast<size_t>(omp_get_thread_num())]);
+  each_index(count, [&](int64_t i) { body(i, areas[static_cast<size_t>(thread_number())]); });
 }
 
 struct Packed {
@@ -159,7 +157,7 @@ RowsTask selection(const Shape& shape, const Weights& w, const float* x, Precisi
 int64_t block_rows(const Level& l, const RowsTask& task, int64_t n_rows) {
   const int64_t tile_rows = l.tile_rows(task.precision);
   const int64_t tile_bytes = l.packed_words(task.precision, task.d_model) * 4 * tile_rows;
-  const int64_t n_threads = omp_get_max_threads();
+  const int64_t n_threads = max_threads();
   const int64_t most = std::clamp<int64_t>(kTileBytes / tile_bytes, 1, 100) * tile_rows;
   const int64_t n_blocks = ceil_div(ceil_div(n_rows, most), n_threads) * n_threads;
   return ceil_div(ceil_div(n_rows, n_blocks), tile_rows) * tile_rows;
@@ -167,11 +165,11 @@ int64_t block_rows(const Level& l, const RowsTask& task, int64_t n_rows) {
 
 RowsStats run_rows(const Level& l, const RowsTask& task) {
   const Timer timer(times.rows);
-  const int64_t n_threads = omp_get_max_threads(), rows = block_rows(l, task, task.n_rows);
+  const int64_t n_threads = max_threads(), rows = block_rows(l, task, task.n_rows);
   float* starts = workspace.first_thresholds.of(task, n_threads);
   std::vector<RowsStats> stats(static_cast<size_t>(ceil_div(task.n_rows, rows)));
   parallel(static_cast<int64_t>(stats.size()), l.rows_scratch_bytes(task, rows), [&](int64_t i, char* area) {
-    l.rows(task, i * rows, std::min(task.n_rows, (i + 1) * rows), area, starts[omp_get_thread_num()],
+    l.rows(task, i * rows, std::min(task.n_rows, (i + 1) * rows), area, starts[thread_number()],
            stats[static_cast<size_t>(i)]);
   });
   RowsStats total{};
@@ -203,7 +201,7 @@ PairList group_by_latent(const Shape& shape, const Actives& actives, const float
                          Buffer& pairs) {
   const int32_t* index = actives.index;
   const Timer timer(times.group);
-  const int64_t n = shape.n_latents, n_parts = std::min<int64_t>(omp_get_max_threads(), 16);
+  const int64_t n = shape.n_latents, n_parts = std::min<int64_t>(max_threads(), 16);
   const auto part = [&](int64_t p) { return shape.batch * p / n_parts; };
   int64_t* start = starts.take<int64_t>(n + 1);
   int64_t* next = workspace.histogram.take<int64_t>(n_parts * n);

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from monosem import artifacts, cli, config, logs
+from monosem import artifacts, cli, config, interrupts, logs
 from tiny import tiny_lm
 
 SMALL_HARVEST = [
@@ -95,11 +95,11 @@ def bytes_in(folder: Path) -> dict[str, bytes]:
 
 
 def started(*argv: Any, **options: Any) -> subprocess.Popen[str]:
-    """`python -m monosem` with these arguments, that hears SIGINT even where the tests run in the background."""
+    """`python -m monosem` with these arguments, that hears signals even where the tests run in the background."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "monosem", *map(str, argv)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    hear = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    hear = {"preexec_fn": lambda: [signal.signal(number, signal.SIG_DFL) for number in interrupts.SIGNALS]}
     return subprocess.Popen(command, env=environment, **{**pipes, **hear, **options})
 
 
@@ -534,9 +534,9 @@ def test_interrupted_harvest_says_how_to_go_on(harvest_flags: list[str], tmp_pat
         if list(tmp_path.glob("store/train/shard-*.json")) or process.poll() is not None:
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGHUP)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and out == "" and "Traceback" not in err
+    assert process.returncode == 129 and out == "" and "Traceback" not in err
     assert err.rstrip().split("\n")[-1] == "monosem: stopped; run the same command to go on"
 
 

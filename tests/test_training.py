@@ -138,7 +138,8 @@ def test_killed_and_run_again_ends_in_the_same_bits(
     assert differing == {}
 
 
-def test_interrupt_saves_and_says_how_to_go_on(store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_saves_and_says_how_to_go_on(number: signal.Signals, store: Path, tmp_path: Path) -> None:
     flags = [
         "--store",
         store,
@@ -155,16 +156,22 @@ def test_interrupt_saves_and_says_how_to_go_on(store: Path, tmp_path: Path) -> N
     ]
     command = [sys.executable, "-m", "monosem", "train", *map(str, flags), "--log-every-steps", "1"]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # where the tests run in the background it is ignored
     )
     metrics = MetricsLog(tmp_path / "run" / "metrics.jsonl")
     for _ in range(600):
         if len(metrics.rows()) > 3 or process.poll() is not None:
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and b"run the same command to go on" in errors and b"Traceback" not in errors
+    assert (
+        process.returncode == 128 + number and b"run the same command to go on" in errors and b"Traceback" not in errors
+    )
     latest = json.loads((tmp_path / "run" / "state" / "latest.json").read_text())
     assert latest["step"] >= 3
 

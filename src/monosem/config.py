@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 DEFAULT_MODEL = "smollm2-135m-instruct-q4_1"
 DEFAULT_CORPUS = "sae-probes-text"
 
-Dtype = Literal["bfloat16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float32"]
 Impl = Literal["auto", "reference", "torch", "native", "triton"]
 Precision = Literal["auto", "fp32", "bf16", "int8"]
 Suite = Literal["basic", "quick", "paper"]
@@ -58,8 +58,9 @@ class HarvestConfig:
     """Share of documents, chosen by their hash, that are held out."""
     keep_first_token: bool = False
     """Keep position 0 of each context (the attention sink, whose norm is ~100x the rest)."""
-    dtype: Dtype = "bfloat16"
-    """Precision of the subject's forward pass and of the store."""
+    dtype: Dtype = "auto"
+    """Precision of the subject's forward pass and of the store. auto: a store in bfloat16, of a subject that runs in
+    whichever of the two is faster on this machine; the store says which."""
     block_contexts: int = 64
     """Contexts in one forward pass; also the unit of shuffling and of reading."""
     shard_blocks: int = 8

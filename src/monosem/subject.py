@@ -42,6 +42,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from monosem import artifacts, resources
+from monosem.torch_state import pinned, pinned_methods
 from monosem.types import LOCATIONS, Site, resolve_device
 
 CONVERSION_FORMAT = 1
@@ -166,6 +167,7 @@ class Subject:
     """The one token put before texts: BOS, or for want of it CLS, EOS, PAD or token 0."""
 
     @classmethod
+    @pinned
     def load(cls, model: str, *, revision: str | None = None, dtype: str = "bfloat16", device: str = "auto") -> Subject:
         """The subject named by `model`: a named resource, a local folder, a .gguf file, or a hub id.
 
@@ -229,6 +231,7 @@ class Subject:
             raise ValueError(f"layer is {layer} but the module {location!r} is in layer {default}; leave layer unset")
         return site
 
+    @pinned_methods
     def site_width(self, site: Site) -> int:
         """Length of the vectors at `site`."""
         return self.capture(torch.tensor([[self.prefix_token]]), site).shape[-1]
@@ -243,6 +246,7 @@ class Subject:
         """
         return self.capture_all(tokens, [site], compiled=compiled)[0]
 
+    @pinned_methods
     def capture_all(
         self, tokens: Int[Tensor, "batch ctx"], sites: Sequence[Site], *, compiled: bool = False
     ) -> list[Float[Tensor, "batch ctx width"]]:
@@ -292,6 +296,7 @@ class Subject:
         blocks = self.module.get_submodule(self._family.blocks)
         return list(blocks.children())[: site.layer + (point.path == "")]
 
+    @pinned_methods
     def run_with(
         self, tokens: Int[Tensor, "batch ctx"], site: Site, replace: Replace, past: Any = None
     ) -> Float[Tensor, "batch ctx vocab"]:
@@ -318,11 +323,13 @@ class Subject:
             raise ValueError(f"{site.location} of {self.name} takes no part in its forward pass; choose another site")
         return logits
 
+    @pinned_methods
     def logits(self, tokens: Int[Tensor, "batch ctx"]) -> Float[Tensor, "batch ctx vocab"]:
         """The next-token logits, in the subject's dtype. `ValueError` for an encoder, which has none."""
         self._require_logits()
         return self._forward(tokens).logits
 
+    @pinned_methods
     @torch.inference_mode()
     def continue_with(
         self, tokens: Int[Tensor, "batch ctx"], site: Site, replace: Replace, n_tokens: int, choose: Choose
@@ -343,6 +350,7 @@ class Subject:
                 found.append(ids)
         return torch.cat(found, dim=1)
 
+    @pinned_methods
     def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Float[Tensor, " d_model"]]:
         """The unembedding's rows, and the gain of the norm before it; `ValueError` where either is not known."""
         self._require_logits()
@@ -363,6 +371,7 @@ class Subject:
             return self.tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
         return [(piece or "").replace("\N{LOWER ONE EIGHTH BLOCK}", " ") for piece in pieces]
 
+    @pinned_methods
     @torch.inference_mode()
     def read(self, tokens: Int[Tensor, "batch ctx"]) -> Any:
         """The keys and values of `tokens` in every layer: the `past` of `run_with`."""

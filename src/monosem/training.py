@@ -9,12 +9,9 @@ The run folder holds
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,13 +21,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from monosem import artifacts, kernels, losses, step, variants
+from monosem import artifacts, interrupts, kernels, losses, step, variants
 from monosem.activations import ActivationStore
 from monosem.checkpoint import load_state, save_state
 from monosem.config import TrainConfig, activation_facts, changed_fields, to_dict
 from monosem.logs import MetricsLog, progress
 from monosem.model import Autoencoder, AutoencoderConfig, initial_weights, normalize
 from monosem.stream import ActivationStream, StoreSource
+from monosem.torch_state import pinned
 from monosem.types import Extras, StepGradients, Weights, resolve_device
 
 log = logging.getLogger("monosem")
@@ -47,12 +45,13 @@ _LOGGED_STATS = ("recall", "n_saturated")
 _MAY_CHANGE = ("out", "store", "device", "log_every_steps", "save_every_s")
 
 
+@pinned
 def train(config: TrainConfig) -> Autoencoder:
     """Train on a store, resuming where an interrupted run stopped; returns the released autoencoder.
 
     The weights are bit-identical however often the run was stopped, on the same machine, thread count and kernels.
     Raises `ValueError` for a run folder made with another config or store, unusable activations, or divergence;
-    `KeyboardInterrupt` after Ctrl-C, with the state saved.
+    `KeyboardInterrupt` after Ctrl-C, with the state saved where `interrupts.handled()` is open, as in the command.
     """
     for name in ("out", "store"):
         if not getattr(config, name):
@@ -66,7 +65,7 @@ def train(config: TrainConfig) -> Autoencoder:
         source = StoreSource(store, "train")
         with (
             ActivationStream(source, batch_size=config.batch_size, seed=config.data_seed) as stream,
-            stop_on_interrupt() as interrupted,
+            interrupts.postponed() as interrupted,
         ):
             supply = Supply(store, stream, resolve_device(config.device))
             run = Run(config, supply)
@@ -361,17 +360,3 @@ def _one_line(recipe: step.Recipe) -> str:
     return ", ".join(
         f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in dataclasses.asdict(recipe).items()
     )
-
-
-@contextlib.contextmanager
-def stop_on_interrupt() -> Iterator[threading.Event]:
-    """Turn Ctrl-C into an event that is looked at between steps, so that a state is never saved half-changed."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)

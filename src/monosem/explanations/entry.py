@@ -24,6 +24,7 @@ from monosem.explanations.neighbours import by_decoder
 from monosem.explanations.seen import BAND_EACH, N_NEIGHBOURS, N_RANDOM, N_SAMPLE, N_TOP, Seen
 from monosem.logs import progress
 from monosem.run_folder import autoencoder_folder
+from monosem.torch_state import pinned
 from monosem.types import free_memory, resolve_device
 
 log = logging.getLogger("monosem")
@@ -32,6 +33,7 @@ N_VOTES = 10
 PROBES = "eval/probes.json"
 
 
+@pinned
 def explain(config: ExplainConfig) -> ExplainStore:
     """RUN/explain/, made or found complete for this autoencoder, store and config.
 
