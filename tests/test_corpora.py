@@ -128,9 +128,8 @@ def test_a_chat_is_one_document_in_every_form(tmp_path: Path) -> None:
 
 def test_chats_become_tokens_by_the_tokenizers_template(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    chats = [
-        [{"role": "user", "content": text[:60]}, {"role": "assistant", "content": "</s>"}] for text in tiny_texts(60)
-    ]
+    said = [text[: 60 + i % 2] for i, text in enumerate(tiny_texts(60))]
+    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": "</s>"}] for text in said]
     corpus = jsonl(tmp_path / "a.jsonl", [{"messages": chat} for chat in chats])
     with pytest.raises(ValueError, match=r"holds chats \(messages\), but the subject's tokenizer has no chat template"):
         split(corpus, tokenizer)
@@ -138,7 +137,8 @@ def test_chats_become_tokens_by_the_tokenizers_template(tmp_path: Path) -> None:
     found, facts = split(corpus, tokenizer)
     assert facts["column"] == "messages" and facts["kind"] == "chat"
     name = found["train"].document_hashes[0]
-    chat = next(chat for chat in chats if document_of(chat).name == name)
+    names = [getattr(document_of(chat), "name", "") for chat in chats]
+    chat = chats[names.index(name)]
     written = "".join(f"<s>{m['role']}: {m['content']}</s>" for m in chat)
     expected = [*token_ids(tokenizer, [written], control=True)[0], EOS]
     assert found["train"].tokens.flatten()[: len(expected)].tolist() == expected
@@ -148,7 +148,7 @@ def test_chats_become_tokens_by_the_tokenizers_template(tmp_path: Path) -> None:
     )
     found, facts = split(corpus, tokenizer, n=60)
     assert facts["skipped"]["refused by the chat template"] > 0
-    even = {document_of(chat).name for chat in chats if len(chat[0]["content"]) % 2 == 0}
+    even = {name for name, text in zip(names, said, strict=True) if len(text) % 2 == 0}
     assert set(found["train"].document_hashes) <= even
 
 

@@ -92,10 +92,10 @@ def split_contexts(
         for name, document in _distinct(reader.documents(seed, cut)):
             if (own := _side_of(name, held_out_fraction)) in sides:
                 sides[own].add(name, document)
-            if all(side.is_full for side in sides.values()):
+            if all(packing.is_full for packing in sides.values()):
                 break
-        for side in sides.values():
-            side.flush()
+        for packing in sides.values():
+            packing.flush()
     while not is_stream(corpus):
         kept = {side: _Kept(budget * n) for side, n in wanted.items()}
         n_documents, longest = _sort(reader, kept, seed, cut, held_out_fraction)
@@ -281,9 +281,11 @@ def _tokens_of(tokenizer: Any, reader: Reader, batch: list[Document]) -> list[li
     """The tokens of each document; None, and a count in the reader, for a chat that the template refuses."""
     found: list[list[int] | None] = [None] * len(batch)
     for control, kind in ((False, "text"), (True, "chat")):
-        texts = {i: d.content if kind == "text" else _rendered(tokenizer, reader, d)
-                 for i, d in enumerate(batch) if d.kind == kind}  # fmt: skip
-        texts = {i: text for i, text in texts.items() if text is not None}
+        texts: dict[int, str] = {}
+        for i, document in enumerate(batch):
+            if document.kind == kind:
+                text = _rendered(tokenizer, reader, document) if control else document.content
+                texts |= {} if text is None else {i: text}
         if texts:
             for i, ids in zip(texts, token_ids(tokenizer, texts.values(), control=control), strict=True):
                 found[i] = ids
