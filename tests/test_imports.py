@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("variants",),
     ("model",),
+    ("families", "loading", "vocabulary"),
     ("step", "subject", "tokens", "convert", "dtypes"),
     ("checkpoint", "activations", "n2g"),
     ("stream", "run_folder"),

@@ -41,7 +41,8 @@ class HarvestConfig:
     layers: tuple[int, ...] = ()
     """Instead of `layer`, several in one forward pass: a store each, in OUT/layer-L."""
     location: str = "resid_post_mlp"
-    """resid_post_mlp, resid_post_attn, resid_delta_mlp, resid_delta_attn, mlp_post_act, or a dotted module name."""
+    """resid_post_mlp, resid_post_attn, resid_delta_mlp, resid_delta_attn, mlp_post_act, attn_z, a module's dotted name
+    (its output), or NAME:input (what goes in)."""
     corpus: str = DEFAULT_CORPUS
     """A named corpus, hf:DATASET[:CONFIG[:SPLIT]], or a local .txt, .jsonl, .json, .csv, .tsv, .parquet or .arrow file
     (packed too: .gz, .zst, .bz2, .xz), or a folder of them. --text-column says which column has the text."""

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-LOCATIONS = ("resid_post_mlp", "resid_post_attn", "resid_delta_mlp", "resid_delta_attn", "mlp_post_act")
+LOCATIONS = ("resid_post_mlp", "resid_post_attn", "resid_delta_mlp", "resid_delta_attn", "mlp_post_act", "attn_z")
 
 FIRED_THRESHOLD = 1e-3
 """A latent fired on a token when its activation exceeds this (Gao et al. 2024, section 2): by value, never by index."""
@@ -19,7 +19,8 @@ FIRED_THRESHOLD = 1e-3
 
 @dataclass(frozen=True)
 class Site:
-    """Where in which model activations come from. `location` is one of LOCATIONS or a dotted module name."""
+    """Where in which model activations come from. `location` is one of LOCATIONS, or a module's dotted name
+    (its output), or that name and `:input`."""
 
     model: str
     revision: str | None
