@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -88,9 +88,9 @@ class StepGradients(NamedTuple):
     """Tokens of the batch on which each latent's activation exceeded FIRED_THRESHOLD."""
     l0: Float[Tensor, ""]
     """Mean number of positive values a token."""
-    stats: dict[str, float] | None = None
+    stats: dict[str, Any] | None = None
     """How the latents were found, for the log; None where the kernels do not count (native/README.md: recall,
-    n_saturated, n_rerun, n_rescored, product_s)."""
+    n_audited, n_missed, n_saturated, n_rerun, n_rescored, product_s)."""
     extras: Extras = {}  # noqa: RUF012 (nothing writes to it)
     """Gradients of the extras that are trained."""
     buffers: Extras = {}  # noqa: RUF012
@@ -111,6 +111,9 @@ class LossSpec:
     """Precision of the product that selects latents ("auto", "fp32", "bf16", "int8"); values are always fp32."""
     options: dict[str, float] = field(default_factory=dict)
     """The activation function's own hyper-parameters, every one of its OPTIONS."""
+    audit: tuple[int, ...] = ()
+    """Rows of the batch whose latents are compared with their true top k, by fp32 values of all latents; where one was
+    missed, the batch is selected again in fp32 (native kernels only). See `StepGradients.stats`."""
 
 
 class OptimizerState(NamedTuple):
