@@ -208,7 +208,7 @@ def test_files_that_cannot_be_read_are_named_with_the_reason(tmp_path: Path) -> 
         "columns.csv": "columns.csv line 2 has no column 'text' but body, label",
         "unclosed.csv": "unclosed.csv line 4 is not CSV (unexpected end of data)",
         "latin.txt": "latin.txt line 2 is not UTF-8 (unexpected end of data at byte 7); save it as UTF-8",
-        "empty.txt": "empty.txt has no text: of 1 rows 1 empty",
+        "empty.txt": "empty.txt has no text; give files",
         "empty.jsonl": "empty.jsonl has no text; give files",
         "broken.parquet": "broken.parquet is not a readable parquet file",
         "broken.csv.zst": "broken.csv.zst is not a whole zstd file",

@@ -130,7 +130,7 @@ class Reader:
     def _why(self) -> str:
         if self._lacking and set(self.skipped) == {"without the column"}:
             return f": {self._lacking}; say which column has it (text_column)"
-        if self.skipped:
+        if set(self.skipped) - {"empty"}:
             return f": of {self.n_rows:,} rows {self._counts()}; give rows with text, messages or token ids"
         return "; give files with at least one document that is not empty"
 
