@@ -92,7 +92,7 @@ def test_the_suite_gives_every_metric_with_n_and_interval(run: EvalConfig) -> No
         ("llama", "attn_z"),
         ("gemma2", "mlp_post_act"),
         ("mamba", "backbone.layers.1.mixer.out_proj:input"),
-        ("opt-projected", "model.decoder.layers.1.fc1:input"),
+        ("opt-projected", "model.decoder.layers.1.self_attn.v_proj"),
         ("distilbert", "transformer.layer.1.attention"),
     ],
 )
