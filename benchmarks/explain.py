@@ -59,7 +59,7 @@ def _rows(store: Any, sizes: list[int], options: argparse.Namespace) -> list[dic
     from monosem.model import normalize
     from monosem.subject import Subject
 
-    subject = Subject.load(store.site.model, dtype=store.config["dtype"], device=options.device)
+    subject = Subject.load(store.site.model, dtype=store.subject_dtype, device=options.device)
     each = store.config["block_contexts"]
     texts = store.contexts("train", options.blocks * options.steps).tokens.split(each)
     sample, _ = normalize(store.block("train", 0)[:1024])

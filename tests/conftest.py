@@ -89,6 +89,17 @@ def few_threads() -> None:
     torch.set_num_threads(min(THREADS, int(os.environ.get("OMP_NUM_THREADS", THREADS))))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def known_cpu() -> Iterator[None]:
+    """In this process dtype auto is bfloat16 on a CPU, whatever CPU that is and however busy."""
+    from monosem import dtypes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dtypes, "_cpu", lambda: ("a CPU with AMX", ["amx_bf16"]))
+        patch.setattr(dtypes, "_known", lambda machine: dtypes.ProductTimes(float32=2.0, bfloat16=1.0))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_network() -> Iterator[None]:
     """The test fails when anything in it tried to reach the network, even if the refusal was swallowed."""

@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 from jaxtyping import Float
 from torch import Tensor
 
-from monosem import activations, artifacts
+from monosem import activations, artifacts, dtypes
 from monosem.activations import ActivationStore, harvest
 from monosem.config import HarvestConfig
+from monosem.run_folder import subject_of
 from monosem.stream import ActivationStream, LiveSource, StoreSource
 from monosem.subject import Subject
 from tiny import tiny_corpus, tiny_lm
@@ -52,6 +53,7 @@ def config(tmp_path: Path, inputs: tuple[str, str]) -> HarvestConfig:
         n_tokens=590,
         n_tokens_held_out=121,
         held_out_fraction=0.3,
+        dtype="bfloat16",
         block_contexts=4,
         shard_blocks=3,
         device="cpu",
@@ -303,6 +305,65 @@ def test_several_layers_in_one_pass_give_the_stores_of_each_alone(
     again = activations.harvest_layers(together)
     assert [store.hash for store in again] == [store.hash for store in alone]
     assert set(n_passes[n_blocks:]) == {1}, "only what is missing is captured"
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Here, from now on, a subject on a CPU runs fastest in this precision."""
+    seconds = {"float32": 2.0, "bfloat16": 2.0, name: 1.0}
+    monkeypatch.setattr(dtypes, "_known", lambda machine: dtypes.ProductTimes(**seconds))
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float32"])
+def test_auto_takes_the_faster_precision_and_the_store_says_which(
+    config: HarvestConfig, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen(monkeypatch, name)
+    with caplog.at_level(logging.INFO, "monosem"):
+        store = harvest(dataclasses.replace(config, dtype="auto"))
+    assert f"the subject runs in {name}" in caplog.text
+    plan = artifacts.read_json(store.path / "plan.json")
+    assert name == store.subject_dtype == store.manifest["subject_dtype"] == plan["subject_dtype"]
+    subject = Subject.load(config.model, dtype=name, device="cpu")
+    blocks = store.contexts("train").tokens.split(config.block_contexts)
+    expected = torch.cat([subject.capture(block, store.site)[:, 1:].flatten(0, 1) for block in blocks])
+    assert store.manifest["dtype"] == "bfloat16" and store.rows("train").equal(expected.bfloat16())
+    assert subject_of(store, store.subject_dtype, "cpu").dtype == getattr(torch, name)
+    explicit = harvest(dataclasses.replace(config, out=f"{config.out}-explicit"))
+    assert (explicit.hash == store.hash) == (name == "bfloat16"), "the same precision gives the same store"
+
+
+def test_the_precision_is_part_of_a_store_s_identity(store: ActivationStore) -> None:
+    other = "float32" if store.subject_dtype == "bfloat16" else "bfloat16"
+    assert ActivationStore(store.path, {**store.manifest, "subject_dtype": other}).hash != store.hash
+
+
+@pytest.mark.parametrize(("began", "now"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_harvest_goes_on_in_the_precision_that_it_began_with(
+    config: HarvestConfig, began: str, now: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(config, dtype="auto")
+    chosen(monkeypatch, began)
+    whole = content(harvest(dataclasses.replace(config, out=f"{config.out}-whole")).path)
+    harvest(config)
+    for name in ("manifest.json", "train/shard-00001.safetensors", "held_out/shard-00000.json"):
+        (Path(config.out) / name).unlink()
+    chosen(monkeypatch, now)
+    harvest(config)
+    assert content(config.out) == whole
+    harvest(config)
+    assert content(config.out) == whole, "nor is a complete one made again"
+
+
+def test_layers_begun_in_two_precisions_are_harvested_apart(
+    config: HarvestConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dataclasses.replace(config, dtype="auto")
+    for layer, name in ((0, "float32"), (1, "bfloat16")):
+        chosen(monkeypatch, name)
+        made = harvest(dataclasses.replace(settings, layer=layer, out=str(tmp_path / "both" / f"layer-{layer}")))
+        (made.path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"begun with the subject in bfloat16 and float32; harvest them apart"):
+        activations.harvest_layers(dataclasses.replace(settings, layers=(0, 1), out=str(tmp_path / "both")))
 
 
 def test_layers_are_given_once_and_not_beside_layer(config: HarvestConfig) -> None:

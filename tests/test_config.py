@@ -147,7 +147,7 @@ def test_from_dict_refuses_what_is_no_object(data: Any) -> None:
         ({"n_tokens_held_out": 0}, "n_tokens_held_out is 0; it must be at least 1"),
         ({"block_contexts": 0}, "block_contexts is 0; it must be at least 1"),
         ({"shard_blocks": -1}, "shard_blocks is -1; it must be at least 1"),
-        ({"dtype": "float16"}, "dtype is 'float16'; choose one of bfloat16, float32"),
+        ({"dtype": "float16"}, "dtype is 'float16'; choose one of auto, bfloat16, float32"),
         ({"held_out_fraction": 0.0}, "held_out_fraction is 0.0; give a share between 0 and 1"),
         ({"held_out_fraction": 1.0}, "held_out_fraction is 1.0; give a share between 0 and 1"),
         ({"held_out_fraction": float("nan")}, "held_out_fraction is nan"),

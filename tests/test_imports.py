@@ -15,14 +15,16 @@ import monosem
 PACKAGE = Path(monosem.__file__).parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("config", "artifacts", "logs"),
+    ("config", "artifacts", "logs", "interrupts"),
     ("resources", "charts", "definitions", "explained"),
+    ("torch_state",),
     ("types",),
     ("losses",),
     ("kernels",),
     ("variants",),
     ("model",),
-    ("step", "subject", "tokens", "convert"),
+    ("families", "loading", "vocabulary"),
+    ("step", "subject", "tokens", "convert", "dtypes"),
     ("checkpoint", "activations", "n2g"),
     ("stream", "run_folder"),
     ("training", "evals", "scaling"),
@@ -36,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 """Lowest first. A module imports lower layers and its own package only: neither siblings nor anything higher."""
 
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
-TORCH_FREE = ("config", "artifacts", "logs", "resources", "charts", "definitions")
+TORCH_FREE = ("config", "artifacts", "logs", "interrupts", "resources", "charts", "definitions")
 HEAVY = {"accelerate", "datasets", "gguf", "matplotlib", "plotly", "pyarrow", "scipy", "transformers"}
 TORCH_FREE_BANS = HEAVY | {"torch", "numpy"}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

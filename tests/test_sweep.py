@@ -385,8 +385,8 @@ def test_interrupt_saves_all_and_says_how_to_go_on(store: Path, tmp_path: Path) 
         if len(metrics.rows()) > 3 or process.poll() is not None:
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and b"run the same command to go on" in errors and b"Traceback" not in errors
+    assert process.returncode == 143 and b"run the same command to go on" in errors and b"Traceback" not in errors
     steps = {saved_step(run / "state") for run in (tmp_path / "sweep" / "runs").iterdir()}
     assert len(steps) == 1 and min(steps) >= 3

@@ -34,13 +34,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from monosem import artifacts
+from monosem import artifacts, dtypes
 from monosem.artifacts import sha256_file
 from monosem.config import HarvestConfig, changed_fields, to_dict
 from monosem.logs import progress
 from monosem.subject import Subject
 from monosem.tokens import Contexts, contexts, corpus_hash, is_local
-from monosem.types import Site
+from monosem.torch_state import pinned, pinned_methods
+from monosem.types import Site, resolve_device
 
 log = logging.getLogger("monosem")
 
@@ -62,6 +63,7 @@ _FREE_FIELDS = ("out", "device", "layers")
 """Fields of the config that a resumed harvest may change: they decide where, not what."""
 
 
+@pinned
 def harvest(config: HarvestConfig) -> ActivationStore:
     """The finished store in `config.out`: made, completed where a killed harvest left off, or found complete.
 
@@ -76,6 +78,7 @@ def harvest(config: HarvestConfig) -> ActivationStore:
     return _harvested([config])[0]
 
 
+@pinned
 def harvest_layers(config: HarvestConfig) -> list[ActivationStore]:
     """A finished store for each of `config.layers`, in `config.out`/layer-L: `harvest` of all in one forward pass.
 
@@ -118,7 +121,9 @@ class ActivationStore:
         files = [manifest["mean"], *(file for split in SPLITS for file in self._files(split))]
         for file in files:
             _check_size(path / file["file"], file["bytes"])
-        self.hash = artifacts.hash_names([file["sha256"] for file in files])
+        self.subject_dtype: str = manifest["subject_dtype"]
+        """Precision that the subject ran in: bfloat16 or float32."""
+        self.hash = artifacts.hash_names([self.subject_dtype, *(file["sha256"] for file in files)])
         """Names what is in the store, wherever it lies."""
         self.config: dict[str, Any] = manifest["config"]
         """The HarvestConfig that made it, as JSON data."""
@@ -147,6 +152,7 @@ class ActivationStore:
             raise ValueError(f"{path / 'manifest.json'} is damaged ({error!r}); {_REPAIR}") from None
 
     @property
+    @pinned_methods
     def mean(self) -> Float[Tensor, " width"]:
         """Mean of the training rows in raw space, float64."""
         return self._file(self.manifest["mean"]).get_tensor("mean")
@@ -157,6 +163,7 @@ class ActivationStore:
     def n_rows(self, split: str) -> int:
         return self._split(split)["n_rows"]
 
+    @pinned_methods
     def block(self, split: str, index: int) -> Float[Tensor, "block_rows width"]:
         """Block `index` of the split, in the store's dtype."""
         if not 0 <= index < self.n_blocks(split):
@@ -167,7 +174,7 @@ class ActivationStore:
 
     def batches(self, split: str, batch_size: int) -> Iterator[Float[Tensor, "batch width"]]:
         """All rows of the split once, in stored order, as fp32; the last batch may be short."""
-        rows = torch.empty(0, self.width)
+        rows = torch.empty(0, self.width, dtype=torch.float32, device="cpu")  # not the caller's default
         for index in range(self.n_blocks(split)):
             *whole, rows = torch.cat([rows, self.block(split, index).float()]).split(batch_size)
             yield from whole
@@ -177,6 +184,7 @@ class ActivationStore:
         """All rows of the split in the store's dtype, in memory."""
         return torch.cat([self.block(split, index) for index in range(self.n_blocks(split))])
 
+    @pinned_methods
     def contexts(self, split: str, n_blocks: int | None = None) -> Contexts:
         """The tokens that the rows of the split belong to, with their addresses; at least those of the first blocks."""
         n_shards = len(self._split(split)["shards"])
@@ -219,6 +227,15 @@ class _Job(NamedTuple):
     """Whether the forward pass is `capture(compiled=True)`: it decides bits, so the plan and the manifest say it."""
 
     @property
+    def subject_dtype(self) -> str:
+        """Precision of the forward pass, of which the plan and the manifest speak too."""
+        return str(self.subject.dtype).removeprefix("torch.")
+
+    @property
+    def store_dtype(self) -> str:
+        return "float32" if self.config.dtype == "float32" else "bfloat16"
+
+    @property
     def out(self) -> Path:
         return Path(self.config.out)
 
@@ -235,21 +252,26 @@ class _Job(NamedTuple):
 def _harvest(configs: list[HarvestConfig]) -> None:
     """Make the stores of configs that differ in `out` and `layer` alone."""
     started, config = time.perf_counter(), configs[0]
-    subject = Subject.load(config.model, revision=config.revision, dtype=config.dtype, device=config.device)
+    plans = [_plan_under_way(Path(c.out)) for c in configs]
+    dtype = _choose_dtype(configs, plans)
+    subject = Subject.load(config.model, revision=config.revision, dtype=dtype, device=config.device)
     if config.context_length > subject.max_context:
         raise ValueError(
             f"context_length is {config.context_length}; {subject.name} reads at most {subject.max_context}: lower it"
         )
     jobs = [_Job(c, subject, subject.site(c.layer, c.location, c.revision)) for c in configs]
     sources = {"subject": subject.hash, "tokenizer": subject.tokenizer_hash, "corpus": corpus_hash(config.corpus)}
-    plans = [_resumable_plan(job.out, job.config, sources) for job in jobs]
+    for job, plan in zip(jobs, plans, strict=True):
+        _go_on(job.out, plan, job.config, sources)
     found = {split: _contexts(jobs[0], split) for split in SPLITS}  # both at first: too little text shows before work
     compiled = _choose_compiled(jobs, plans, found["train"])
     jobs = [job._replace(compiled=compiled) for job in jobs]
     for job, plan in zip(jobs, plans, strict=True):
         if plan is None:
-            plan = artifacts.manifest(PLAN_KIND, to_dict(job.config), sources, compiled=compiled)
-            artifacts.write_json(job.out / "plan.json", plan)
+            choices = {"compiled": compiled, "subject_dtype": dtype}
+            artifacts.write_json(
+                job.out / "plan.json", artifacts.manifest(PLAN_KIND, to_dict(job.config), sources, **choices)
+            )
     splits = {split: _harvest_split(jobs, split, found[split]) for split in SPLITS}
     for i, job in enumerate(jobs):
         _finish(job, sources, {split: splits[split][i] for split in SPLITS})
@@ -265,7 +287,8 @@ def _finish(job: _Job, sources: dict[str, str], splits: dict[str, tuple[dict[str
         "subject": job.subject.name,
         "site": dataclasses.asdict(job.site),
         "width": job.subject.site_width(job.site),
-        "dtype": job.config.dtype,
+        "dtype": job.store_dtype,
+        "subject_dtype": job.subject_dtype,
         "compiled": job.compiled,
         "mean": _write_mean(job.out, sidecars["train"]),
         "norms": _norms([*sidecars["train"], *sidecars["held_out"]]),
@@ -274,16 +297,34 @@ def _finish(job: _Job, sources: dict[str, str], splits: dict[str, tuple[dict[str
     artifacts.write_json(job.out / "manifest.json", artifacts.manifest(KIND, to_dict(job.config), sources, **facts))
 
 
-def _resumable_plan(out: Path, config: HarvestConfig, sources: dict[str, str]) -> dict[str, Any] | None:
-    """The plan of the harvest under way in `out`, which must be the same; a killed one's leftovers are cleared away."""
-    plan = None
-    if (out / "plan.json").exists() and any(out.rglob("shard-*")):  # a plan without a shard holds nothing yet
-        plan = artifacts.read_manifest(out / "plan.json", PLAN_KIND)
+def _plan_under_way(out: Path) -> dict[str, Any] | None:
+    """The plan of the harvest under way in `out`; None where none is, or one without a shard: it holds nothing."""
+    if not (out / "plan.json").exists() or not any(out.rglob("shard-*")):
+        return None
+    return artifacts.read_manifest(out / "plan.json", PLAN_KIND)
+
+
+def _go_on(out: Path, plan: dict[str, Any] | None, config: HarvestConfig, sources: dict[str, str]) -> None:
+    """Refuse a harvest under way of something else; a killed one's leftovers are cleared away."""
+    if plan is not None:
         _require_same(out, plan, config, sources)
         log.info("resuming the harvest in %s", out)
     for leftover in out.rglob(".*.tmp"):  # the lock is ours, so nobody else is writing
         leftover.unlink()
-    return plan
+
+
+def _choose_dtype(configs: list[HarvestConfig], plans: list[dict[str, Any] | None]) -> str:
+    """Precision that the subject runs in: as asked for; where that is auto, as a plan says, else the fastest here."""
+    config = configs[0]
+    if config.dtype != "auto":
+        return config.dtype
+    begun = {plan.get("subject_dtype", "bfloat16") for plan in plans if plan is not None}
+    if len(begun) > 1:
+        raise ValueError(
+            f"{', '.join(c.out for c in configs)} were begun with the subject in {' and '.join(sorted(begun))}; "
+            "harvest them apart"
+        )
+    return begun.pop() if begun else dtypes.fastest(resolve_device(config.device))
 
 
 def _choose_compiled(jobs: list[_Job], plans: list[dict[str, Any] | None], found: Contexts) -> bool:
@@ -293,7 +334,7 @@ def _choose_compiled(jobs: list[_Job], plans: list[dict[str, Any] | None], found
     if len(begun) > 1:
         raise ValueError(f"of {', '.join(str(job.out) for job in jobs)} some were begun compiled; harvest them apart")
     n_rows = config.n_tokens + config.n_tokens_held_out
-    pays = n_rows >= COMPILE_FROM_TOKENS and config.dtype == "bfloat16" and subject.device.type == "cpu"
+    pays = n_rows >= COMPILE_FROM_TOKENS and subject.dtype == torch.bfloat16 and subject.device.type == "cpu"
     wanted = begun.pop() if begun else pays
     if not wanted or not (problem := _compile(jobs, found.tokens[: config.block_contexts])):
         return wanted
@@ -402,7 +443,7 @@ def _block_tensors(jobs: list[_Job], split: str, found: Contexts, block: int) ->
     here = slice(block * config.block_contexts, (block + 1) * config.block_contexts)
     address = {name: getattr(found, name)[here] for name in _ADDRESS}
     captured = capture_block(subject, [job.site for job in jobs], found.tokens[here], compiled=jobs[0].compiled)
-    captured = [activations.to(_DTYPES[config.dtype]) for activations in captured]
+    captured = [activations.to(_DTYPES[jobs[0].store_dtype]) for activations in captured]
     for job, activations in zip(jobs, captured, strict=True):
         if not torch.isfinite(activations).all():
             context, token = (~torch.isfinite(activations)).any(dim=2).nonzero()[0].tolist()

@@ -1,6 +1,7 @@
 """The command `monosem`: one subcommand a stage, flags named after the config's fields.
 
-Results go to stdout; logs and progress to stderr. A mistake is one line and exit code 2, an interruption 130.
+Results go to stdout; logs and progress to stderr. A mistake is one line and exit code 2. Ctrl-C, SIGTERM and SIGHUP
+save what there is to save and exit with 128 + the signal (130, 143, 129); a second one ends the process at once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import tyro
 
-from monosem import __version__, charts, config, logs
+from monosem import __version__, charts, config, interrupts, logs
 
 log = logging.getLogger("monosem")
 
@@ -65,9 +66,15 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
     logs.show_progress(True)
+    with interrupts.handled():
+        return _guarded(sys.argv[1:] if argv is None else argv)
+
+
+def _guarded(argv: list[str]) -> int:
+    """The command's exit code; what went wrong is told in a line."""
     try:
         try:
-            return _command(sys.argv[1:] if argv is None else argv)
+            return _command(argv)
         finally:
             sys.stdout.flush()  # here, where a reader that went away is an error that we can catch
     except BrokenPipeError:  # as in `| head`
@@ -83,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         logs.end_progress()
         print(f"\nmonosem: {str(stop) or 'stopped; run the same command to go on'}", file=sys.stderr)
-        return 130
+        return interrupts.exit_code()
     finally:
         logs.show_progress(False)  # to a caller in this process it belongs to the command
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 DEFAULT_MODEL = "smollm2-135m-instruct-q4_1"
 DEFAULT_CORPUS = "sae-probes-text"
 
-Dtype = Literal["bfloat16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float32"]
 Impl = Literal["auto", "reference", "torch", "native", "triton"]
 Precision = Literal["auto", "fp32", "bf16", "int8"]
 Suite = Literal["basic", "quick", "paper"]
@@ -41,7 +41,8 @@ class HarvestConfig:
     layers: tuple[int, ...] = ()
     """Instead of `layer`, several in one forward pass: a store each, in OUT/layer-L."""
     location: str = "resid_post_mlp"
-    """resid_post_mlp, resid_post_attn, resid_delta_mlp, resid_delta_attn, mlp_post_act, or a dotted module name."""
+    """resid_post_mlp, resid_post_attn, resid_delta_mlp, resid_delta_attn, mlp_post_act, attn_z, a module's dotted name
+    (its output), or NAME:input (what goes in)."""
     corpus: str = DEFAULT_CORPUS
     """A named corpus, hf:DATASET[:CONFIG[:SPLIT]], or a local .txt, .jsonl, .parquet file or a folder of them."""
     context_length: int = 64
@@ -54,8 +55,9 @@ class HarvestConfig:
     """Share of documents, chosen by their hash, that are held out."""
     keep_first_token: bool = False
     """Keep position 0 of each context (the attention sink, whose norm is ~100x the rest)."""
-    dtype: Dtype = "bfloat16"
-    """Precision of the subject's forward pass and of the store."""
+    dtype: Dtype = "auto"
+    """Precision of the subject's forward pass and of the store. auto: a store in bfloat16, of a subject that runs in
+    whichever of the two is faster on this machine; the store says which."""
     block_contexts: int = 64
     """Contexts in one forward pass; also the unit of shuffling and of reading."""
     shard_blocks: int = 8
@@ -122,8 +124,8 @@ class TrainConfig:
     """Clip the gradient's norm over all parameters; default: no clipping."""
     precision: Precision = "auto"
     """Precision of the encoder product that selects latents; their values are always fp32. The native kernels select
-    the same latents at fp32 and bf16, auto is bf16 where the CPU has it, and int8 (native only, no proof but tested) is
-    the fastest; the torch kernels take auto as fp32."""
+    the same latents at fp32 and bf16, which is proven, and at int8 (native only), which every logged step audits. auto
+    is the fastest on this machine, as long as its audits find nothing; the torch kernels take it as fp32."""
     seed: int = 0
     """Of the initial weights."""
     data_seed: int = 0

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from monosem import artifacts, model, variants
 from monosem.kernels import torch_sparse
 from monosem.model import Autoencoder, AutoencoderConfig, NormStats, check_choice, denormalize
+from monosem.torch_state import pinned, pinned_methods
 from monosem.types import SparseLatents, Weights
 
 _ROWS_AT_ONCE = 1024
@@ -38,6 +39,7 @@ _PUT_BACK = ("layer_norm", "constant_norm_rescale")
 Normalize = Callable[[Float[Tensor, "*batch d_model"]], tuple[Float[Tensor, "*batch d_model"], NormStats]]
 
 
+@pinned
 def wrap(
     module: nn.Module,
     d_model: int,
@@ -102,6 +104,7 @@ class Wrapped(Autoencoder):
         raw = raw.float()
         return raw, NormStats(torch.zeros_like(raw[..., :1]), torch.ones_like(raw[..., :1]))
 
+    @pinned_methods
     def encode(
         self, x: Float[Tensor, "batch d_model"], *, k: int | None = None, threshold: float | None = None
     ) -> SparseLatents:
@@ -125,6 +128,7 @@ class Wrapped(Autoencoder):
         )
         return SparseLatents(indices[:, :k], values[:, :k], own.n_latents)
 
+    @pinned_methods
     def forward(self, raw: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The reconstruction of raw activations, in their own space and dtype."""
         x, stats = self.normalize(raw)
@@ -154,6 +158,7 @@ class Settings(SimpleNamespace):
         return {name: value for name, value in vars(self).items() if isinstance(value, plain)}
 
 
+@pinned
 def expose(
     autoencoder: Autoencoder,
     *,
@@ -223,6 +228,7 @@ class Exposed(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    @pinned_methods
     @torch.no_grad()
     def encode(self, raw: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_latents"]:
         """Every latent's activation on raw activations, in their dtype."""
@@ -233,6 +239,7 @@ class Exposed(nn.Module):
         dense.scatter_add_(1, latents.indices.long(), latents.values)  # padding has the index 0 and the value 0
         return dense.view(*raw.shape[:-1], latents.n_latents).to(raw.dtype)
 
+    @pinned_methods
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "*batch n_latents"]) -> Float[Tensor, "*batch d_model"]:
         """Raw activations. `ValueError` unless the tokens are as many as `encode` saw last."""
@@ -257,6 +264,7 @@ _SAE_LENS_CONFIG, _SAE_LENS_WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _SAE_LENS_NORMALIZE: dict[str, Normalize | None] = {"none": None, "layer_norm": model.normalize}
 
 
+@pinned
 def save_sae_lens(
     autoencoder: Autoencoder, folder: str | Path, *, model_name: str | None = None, hook_name: str | None = None
 ) -> None:
@@ -290,6 +298,7 @@ def save_sae_lens(
     artifacts.write_json(Path(folder) / _SAE_LENS_CONFIG, cfg)
 
 
+@pinned
 def load_sae_lens(folder: str | Path) -> Wrapped:
     """The autoencoder in SAELens' files, for our evaluations; SAELens itself is not needed.
 

@@ -19,11 +19,13 @@ from monosem import artifacts, resources
 from monosem.activations import harvest
 from monosem.config import RunConfig, to_dict
 from monosem.evals import evaluate
+from monosem.torch_state import pinned
 from monosem.training import train
 
 log = logging.getLogger("monosem")
 
 
+@pinned
 def run(config: RunConfig) -> dict[str, Any]:
     """Do what is not yet done of the main job; returns the evaluation's report with the `seconds` of each stage now.
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from monosem import artifacts, config, kernels, losses, variants
 from monosem.kernels import torch_sparse
+from monosem.torch_state import pinned, pinned_methods
 from monosem.types import Extras, SparseLatents, Weights
 
 NORM_EPSILON = 1e-5
@@ -109,6 +110,7 @@ class Autoencoder(nn.Module):
     def extras(self) -> Extras:
         return {name: getattr(self, name) for name in self._extras}
 
+    @pinned_methods
     def encode(
         self, x: Float[Tensor, "batch d_model"], *, k: int | None = None, threshold: float | None = None
     ) -> SparseLatents:
@@ -127,6 +129,7 @@ class Autoencoder(nn.Module):
         latents = variants.encode(activation, x, weights, self.extras, self.config.k, kernel)
         return latents if k is None else latents._replace(indices=latents.indices[:, :k], values=latents.values[:, :k])
 
+    @pinned_methods
     def decode(self, latents: SparseLatents) -> Float[Tensor, "batch d_model"]:
         """Normalised reconstructions."""
         weights = self.weights
@@ -139,12 +142,14 @@ class Autoencoder(nn.Module):
             return torch_sparse
         return kernels.select("auto", self.weights.decoder.device)[1]
 
+    @pinned_methods
     def forward(self, raw: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The reconstruction of raw activations, in their own space and dtype."""
         x, stats = normalize(raw)
         recons = self.decode(self.encode(x.flatten(0, -2))).view_as(x)
         return denormalize(recons, stats).to(raw.dtype)
 
+    @pinned
     def save(self, folder: str | Path) -> None:
         """Write the released form: the config last, with the weights' hash, so that a torn save cannot load."""
         folder = Path(folder)
@@ -159,6 +164,7 @@ class Autoencoder(nn.Module):
         artifacts.write_json(folder / "config.json", data)
 
     @staticmethod
+    @pinned
     def load(folder: str | Path, device: str | torch.device = "cpu") -> Autoencoder:
         """The autoencoder in `folder`; `ValueError` when it is missing, damaged, or not what its config says."""
         folder = Path(folder)

@@ -33,6 +33,7 @@ from torch import Tensor
 from monosem.logs import progress
 from monosem.model import Autoencoder
 from monosem.subject import Subject
+from monosem.torch_state import pinned, pinned_methods
 from monosem.types import FIRED_THRESHOLD, Site, SparseLatents
 
 ANY, START = -1, -2
@@ -76,6 +77,7 @@ class LatentReader:
         """Tokens of a text that fit behind the prefix token and the padding token."""
         self.padding_token = padding_token(subject.tokenizer)
 
+    @pinned_methods
     @torch.no_grad()
     def read(self, tokens: Int[Tensor, "batch ctx"], *, last: bool = False) -> SparseLatents:
         """The latents of every token, in reading order, or of the last token of each text only."""
@@ -149,6 +151,7 @@ def columns(latents: SparseLatents, which: Int[Tensor, " m"]) -> Float[Tensor, "
     return dense
 
 
+@pinned
 def collect(stream: Stream, latents: Int[Tensor, " m"], *, n_top: int, n_random: int, seed: int) -> list[Examples]:
     """For each latent its `n_top` strongest contexts, and `n_random` drawn uniformly among all on which it fires.
 
@@ -219,6 +222,7 @@ class _Text(NamedTuple):
     original: float
 
 
+@pinned
 def build(reader: LatentReader, examples: Sequence[Examples]) -> list[Rule]:
     """One rule a latent, empty for a latent without examples. All share their forward passes.
 
@@ -286,6 +290,7 @@ def _with(tokens: tuple[int, ...], i: int, new: int) -> tuple[int, ...]:
     return (*tokens[:i], new, *tokens[i + 1 :])
 
 
+@pinned
 def predict(
     rule: Rule, tokens: Int[Tensor, "n_contexts ctx"], *, compatible: bool = False
 ) -> Float[Tensor, "n_contexts ctx"]:

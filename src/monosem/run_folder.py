@@ -110,7 +110,7 @@ def subject_of(
 ) -> Subject:
     """The subject that the store was made with, out of `loaded` if it is there, else kept there.
 
-    In `store.config["dtype"]` it reads what was harvested; losses want float32, as small differences drown in bf16
+    In `store.subject_dtype` it reads what was harvested; losses want float32, as small differences drown in bf16
     logits. `ValueError` when it is not the same any more.
     """
     loaded = {} if loaded is None else loaded

@@ -24,6 +24,7 @@ from monosem.evals.parts import PARTS, SIZES, Judged, Shared, check, reconstruct
 from monosem.evals.report import KIND, title
 from monosem.model import Autoencoder
 from monosem.run_folder import autoencoder_folder, open_run, open_store
+from monosem.torch_state import pinned, without_inference_tensors
 from monosem.types import Metric, resolve_device
 
 log = logging.getLogger("monosem")
@@ -36,6 +37,7 @@ _USES = {"downstream": ("n_tokens_downstream",), "probes": ("tasks",)}
 """Fields of the config, beside n_bootstrap and seed, on which a part depends."""
 
 
+@pinned
 def evaluate(
     config: EvalConfig, shared: Shared | None = None, *, autoencoder: Autoencoder | None = None
 ) -> dict[str, Any]:
@@ -79,6 +81,7 @@ def _judged_on(
     digest = hashlib.sha256()
     for name, tensor in sorted(autoencoder.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    without_inference_tensors(autoencoder)
     return autoencoder.to(device), open_store(config.store, autoencoder), digest.hexdigest()
 
 
@@ -93,6 +96,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join([title(report["run"]), "", *lines])
 
 
+@pinned
 def on_activations(
     autoencoder: Autoencoder, store: ActivationStore, device: torch.device | str, *, n_resamples: int, seed: int
 ) -> tuple[list[Metric], reconstruction.Tally]:

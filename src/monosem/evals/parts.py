@@ -125,7 +125,7 @@ class Judged:
     @cached_property
     def reading_subject(self) -> Subject:
         """To read activations off new texts."""
-        return subject_of(self.store, self.store.config["dtype"], self.config.device, self.shared.subjects)
+        return subject_of(self.store, self.store.subject_dtype, self.config.device, self.shared.subjects)
 
     def tasks(self, n: int) -> list[tasks.Task]:
         """At most `n` of the labelled tasks, spread evenly over those of the source."""

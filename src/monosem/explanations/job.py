@@ -57,7 +57,7 @@ class Job:
     @cached_property
     def reading_subject(self) -> Subject:
         """To read activations off new texts."""
-        return subject_of(self.store, self.store.config["dtype"], self.config.device)
+        return subject_of(self.store, self.store.subject_dtype, self.config.device)
 
     @cached_property
     def tasks(self) -> list[Task]:

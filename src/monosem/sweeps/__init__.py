@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 
-from monosem import artifacts
+from monosem import artifacts, interrupts
 from monosem.activations import ActivationStore
 from monosem.checkpoint import saved_step
 from monosem.config import SweepConfig, TrainConfig, changed_fields, to_dict
 from monosem.logs import LiveTable
 from monosem.stream import ActivationStream, StoreSource
 from monosem.sweeps import grid, memory, table
-from monosem.training import Diverged, Run, Supply, identity, is_finished, stop_on_interrupt
+from monosem.torch_state import pinned
+from monosem.training import Diverged, Run, Supply, identity, is_finished
 from monosem.types import free_memory, resolve_device
 
 log = logging.getLogger("monosem")
@@ -89,18 +90,20 @@ class Member:
         }
 
 
+@pinned
 def sweep(config: SweepConfig) -> dict[str, Any]:
     """Train what is not yet trained of the grid; returns what sweep.json then holds.
 
     Where `hours` ran out first, runs are still `training` in it, and the same call goes on. A run that diverges is
     marked so and the others go on. `ValueError` for a wrong grid, runs that do not fit in memory, or a folder with a
-    sweep that is not part of this one; `KeyboardInterrupt` after Ctrl-C, with all states saved.
+    sweep that is not part of this one; `KeyboardInterrupt` after Ctrl-C, with all states saved
+    where `interrupts.handled()` is open, as in the command.
     """
     for name in ("out", "grid"):
         if not getattr(config, name):
             raise ValueError(f"{name} is empty; give a folder for out, a JSON file for grid")
     asked = grid.runs(config)
-    with artifacts.folder_lock(config.out), stop_on_interrupt() as interrupted:
+    with artifacts.folder_lock(config.out), interrupts.postponed() as interrupted:
         return _Sweep(config, asked, interrupted).run()
 
 

@@ -32,6 +32,7 @@ from monosem.evals.downstream import lower_blocks_run_once
 from monosem.model import Autoencoder, NormStats
 from monosem.subject import Subject
 from monosem.tokens import csv_rows_of, token_ids
+from monosem.torch_state import pinned
 from monosem.types import Site, SparseLatents
 
 MAX_TOKENS = 256
@@ -73,6 +74,7 @@ class Edit(NamedTuple):
         return z * self.value if self.kind == "boost" else torch.full_like(z, self.value * (self.kind == "clamp"))
 
 
+@pinned
 def load(run: str, device: str = "auto") -> Live:
     """The autoencoder of a run and its subject, warm; `ValueError` when either is missing or not the one trained on."""
     autoencoder = Autoencoder.load(run_folder.autoencoder_folder(run))
@@ -108,6 +110,7 @@ def facts(live: Live) -> dict[str, Any]:
     }
 
 
+@pinned
 @torch.no_grad()
 def try_text(
     live: Live,
@@ -178,6 +181,7 @@ def edited(live: Live, found: Encoded, edits: Sequence[Edit]) -> Float[Tensor, "
     return found.raw + found.stats.std * (change @ live.autoencoder.weights.decoder[chosen])
 
 
+@pinned
 def try_labelled(live: Live, table: str, *, seed: int = 0) -> dict[str, Any]:
     """Which latents separate the two labels of a CSV (columns `text`, `label`, perhaps `group`) best (docs/viewer.md).
 
