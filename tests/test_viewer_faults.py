@@ -65,6 +65,11 @@ def overwrite(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: -array.nbytes] + bytes(array.nbytes))
 
 
+def into_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def fewer_rows(path: Path) -> None:
     np.save(path, np.load(path)[:9])
 
@@ -89,7 +94,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "column emptied": column("top_activations", lambda path: os.truncate(path, 0)),
     "column with fewer rows": column("top_position", fewer_rows),
     "column overwritten": column("decoder_neighbours", overwrite),
-    "column that is a folder": column("histogram", lambda path: (path.unlink(), path.mkdir())),
+    "column that is a folder": column("histogram", into_a_folder),
     "vocabulary deleted": lambda run: (run / "explain/vocabulary.json").unlink(),
     "vocabulary of another shape": lambda run: (run / "explain/vocabulary.json").write_text('{"a": 1}'),
     "words deleted": lambda run: (run / "explain/words.sqlite").unlink(),
@@ -99,7 +104,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "rules that are no rules": execute("explain/words.sqlite", "UPDATE latents SET n2g_rule = '[[[null], 1]]'"),
     "rules that are no JSON": execute("explain/words.sqlite", "UPDATE latents SET n2g_rule = '[['"),
     "notes that are something else": lambda run: (run / "notes.sqlite").write_bytes(b"notes" * 999),
-    "notes that are a folder": lambda run: ((run / "notes.sqlite").unlink(), (run / "notes.sqlite").mkdir()),
+    "notes that are a folder": lambda run: into_a_folder(run / "notes.sqlite"),
     "notes of other types": execute("notes.sqlite", "UPDATE notes SET text = x'00ff'"),
     "notes on latents that are not there": execute("notes.sqlite", "UPDATE notes SET latent = -7"),
     "evaluation deleted": lambda run: (run / "eval.json").unlink(),

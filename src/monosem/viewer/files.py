@@ -92,7 +92,8 @@ class Rows:
         first, *rest = index if isinstance(index, tuple) else (index,)
         if isinstance(first, slice):
             start, stop, step = first.indices(len(self))
-            found, at = self._read(start, max(stop, start))[::step], slice(None)
+            found = self._read(start, max(stop, start))[::step]
+            at: Any = slice(None)
         else:
             wanted = np.arange(len(self))[first]
             rows, inverse = np.unique(wanted, return_inverse=True)
