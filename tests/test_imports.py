@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("variants",),
     ("model",),
     ("families", "loading", "vocabulary"),
-    ("step", "subject", "tokens", "convert", "dtypes"),
+    ("step", "subject", "tokens", "convert", "dtypes", "packing"),
     ("checkpoint", "activations", "n2g"),
     ("stream", "run_folder"),
     ("training", "evals", "scaling"),
