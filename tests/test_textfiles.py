@@ -180,7 +180,7 @@ def test_json_lines_name_the_line_and_pass_over_empty_ones(tmp_path: Path) -> No
 
 def test_tidied_keeps_characters_and_nothing_else() -> None:
     assert tidied("a\ud800b \udc00") == "a?b ?"
-    assert tidied("\ufeffa\0b\r\nc\rd\u2028e") == "ab\nc\nd\u2028e"
+    assert tidied("\ufeffa\0b\r\nc\rd\u2028\ufeffe") == "a b\nc\nd\u2028e"
     assert tidied(TEXT) == TEXT
 
 
