@@ -128,9 +128,10 @@ def require_file(path: Path) -> None:
         raise ValueError(f"{path} does not exist") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror or error}); give a file that can") from None
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"{path} cannot be read ({os.strerror(errno.EISDIR)}); give a file")
     if not stat.S_ISREG(mode):
-        found = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device, which can be read only once or has no end"
-        raise ValueError(f"{path} is {found}; give a file")
+        raise ValueError(f"{path} is a pipe or a device, which can be read only once or has no end; give a file")
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
