@@ -91,9 +91,9 @@ def _disturb(world: World, rng: random.Random, kind: str) -> Told:
     second = forks.run(job.call(), world.trial, timeout_s=TIMEOUT_S)
     if (fault := _broken(second, before, world, job)) is not None:
         return "", did, job, fault
-    if second.code:
+    if second.code and _different(world, job, None):
         return "", did, job, ("lost", f"it cannot go on: {second.stderr[-600:]}")
-    if differ := _different(world, job, second):
+    if differ := _different(world, job, None if second.code else second):
         return "", did, job, ("silent", f"other bytes in the end: {differ}")
     return "", did, job, ("identical", "")
 
@@ -124,13 +124,13 @@ def _damage(world: World, rng: random.Random, kind: str) -> Told:
         return name, did, job, _pages(world, path)
     differ = _different(world, job, found)
     said = path.name in found.stderr or path.parent.name in found.stderr
-    if differ == name and re.search(_ONLY_UNFINISHED, name) and state == "done":
+    if differ == name and re.search(_ONLY_UNFINISHED, name):
         return name, did, job, ("harmless", "")
     if differ:
         still = _bytes(path) == damaged and name in world.after[job.name]
         return name, did, job, ("silent", f"{'it is left as it is' if still else 'other bytes'}, exit code 0: {differ}")
     if path in own and _bytes(path) != damaged:
-        loud = said or damaged is None or state == "half"
+        loud = said or damaged is None or state == "half" or job.rewrites
         return name, did, job, ("remade", "") if loud else ("silent", "made again without a word")
     return name, did, job, ("harmless", "")
 
@@ -222,7 +222,7 @@ def _surround(world: World, rng: random.Random, kind: str) -> Told:
         differ = _different(world, job, found if around.stdout == "file" else None)
         return "", did, job, ("silent", f"other bytes: {differ}") if differ else ("identical", "")
     again = forks.run(job.call(), world.trial, timeout_s=TIMEOUT_S)
-    if (fault := _broken(again, before, world, job)) is not None or again.code:
+    if (fault := _broken(again, before, world, job)) is not None or (again.code and _different(world, job, None)):
         return "", did, job, fault or ("lost", f"it cannot go on: {again.stderr[-600:]}")
     if differ := _different(world, job, None):
         return "", did, job, ("silent", f"other bytes after going on: {differ}")

@@ -61,6 +61,8 @@ class Job(NamedTuple):
     """What people give it, of which no earlier state is known."""
     resumes: bool = True
     """Whether the same command goes on from what a killed one has left, or uses again what is done."""
+    rewrites: bool = False
+    """Whether it makes everything anew each time."""
     weight: float = 1
     """How often it is drawn."""
 
@@ -89,17 +91,18 @@ JOBS = (
     Job("sweep", ["sweep", "--out", "many", "--save-every-s", "0", *flags(SWEEP)],
         ("store",), ("many",), ("grid.json",)),
     Job("scale", ["scale", "laws", "--no-figures", "--families", "families.json"], (), ("laws/scaling.json",),
-        ("laws/runs.csv", "families.json"), weight=0.3),
+        ("laws/runs.csv", "families.json"), rewrites=True, weight=0.3),
     Job("plan", ["plan", "--scaling", "laws/scaling.json", "--k", "32", "--flops", "1e14", "--memory-gib", "8",
         "--out", "prediction.json"], ("laws/scaling.json",), ("prediction.json",)),
     Job("check", ["plan", "--check", "prediction.json", "--table", "laws/runs.csv"], ("prediction.json",), (),
         ("laws/runs.csv",), resumes=False),
     Job("run", ["run", "--out", "all", *_STAGES, *flags(EVAL, "eval.")], (), ("all",), ("model", "corpus.jsonl")),
-    Job("site", ["export", "run", "site", "--latents", "3,9"], (*_EXPLAINED, *EVALUATED), ("site",)),
-    Job("parquet", ["export", "run", "--parquet", "latents.parquet"], _EXPLAINED, ("latents.parquet",)),
-    Job("sae-viewer", ["export", "run", "--sae-viewer", "atoms", "--latents", "8"], _EXPLAINED, ("atoms",)),
+    Job("site", ["export", "run", "site", "--latents", "3,9"], (*_EXPLAINED, *EVALUATED), ("site",), rewrites=True),
+    Job("parquet", ["export", "run", "--parquet", "latents.parquet"], _EXPLAINED, ("latents.parquet",), rewrites=True),
+    Job("sae-viewer", ["export", "run", "--sae-viewer", "atoms", "--latents", "8"], _EXPLAINED, ("atoms",),
+        rewrites=True),
     Job("report", ["eval", "run", "two", "--store", "store", *flags(EVAL), "--report", "page.html"],
-        ("model", "store", "two", *AUTOENCODER, *EVALUATED), ("page.html", "page.md")),
+        ("model", "store", "two", *AUTOENCODER, *EVALUATED), ("page.html", "page.md"), rewrites=True),
     Job("pages", [], (*_EXPLAINED, *EVALUATED, "two", "laws/scaling.json"), ("answers.json",), ("run/notes.sqlite",),
         resumes=False, weight=2),
     Job("convert", ["convert"], (), ("converted.json",), ("sae_lens",), resumes=False, weight=0.5),
@@ -309,7 +312,8 @@ def plain(text: str) -> str:
 
 def _stable(data: Any) -> Any:
     if isinstance(data, dict):
-        return {name: _stable(value) for name, value in data.items() if name not in VOLATILE}
+        own = {"metrics"} if data.get("kind") == "training-state" else set()  # a hash of rows with seconds
+        return {name: _stable(value) for name, value in data.items() if name not in VOLATILE | own}
     return [_stable(value) for value in data] if isinstance(data, list) else data
 
 
