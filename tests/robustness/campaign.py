@@ -45,8 +45,8 @@ VALUES = (
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-_ONLY_UNFINISHED = r"store/((train|held_out)/shard-\d+\.json|plan\.json)$"
-"""Files that nothing reads any more once their stage has finished."""
+_CHECKED_WHEN_READ = r"(store|state)/[^.].*$"
+"""Files that a finished stage leaves as they are: whoever reads them refuses them (the trials of the stages after)."""
 
 
 class Trial(NamedTuple):
@@ -124,7 +124,7 @@ def _damage(world: World, rng: random.Random, kind: str) -> Told:
         return name, did, job, _pages(world, path)
     differ = _different(world, job, found)
     said = path.name in found.stderr or path.parent.name in found.stderr
-    if differ == name and re.search(_ONLY_UNFINISHED, name):
+    if differ == name and re.search(_CHECKED_WHEN_READ, name):
         return name, did, job, ("harmless", "")
     if differ:
         still = _bytes(path) == damaged and name in world.after[job.name]
@@ -156,7 +156,8 @@ def _input(world: World, rng: random.Random, kind: str) -> Told:
     if (fault := _broken(found, before, world, job)) is not None:
         return name, did, job, fault
     if job.name == "pages":
-        return name, did, job, _pages(world, path)
+        verdict, why = _pages(world, path)
+        return name, did, job, (verdict if verdict == "traceback" else "harmless", why)
     return name, did, job, _refusal(found, path, world, names=False) if found.code else ("harmless", "")
 
 

@@ -312,8 +312,8 @@ def plain(text: str) -> str:
 
 def _stable(data: Any) -> Any:
     if isinstance(data, dict):
-        own = {"metrics"} if data.get("kind") == "training-state" else set()  # a hash of rows with seconds
-        return {name: _stable(value) for name, value in data.items() if name not in VOLATILE | own}
+        rows = {name for name in ("metrics", "rows") if isinstance(data.get(name), dict) and "sha256" in data[name]}
+        return {name: _stable(value) for name, value in data.items() if name not in VOLATILE | rows}
     return [_stable(value) for value in data] if isinstance(data, list) else data
 
 
