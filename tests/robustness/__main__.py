@@ -36,7 +36,7 @@ def main() -> int:
     counts = collections.Counter(one.verdict for one in found)
     print(", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS), f"of {len(found)} trials")
     if asked.out:
-        write(Path(asked.out), found, first, time.monotonic() - started)
+        write(Path(asked.out), found, time.monotonic() - started)
     return 1 if any(counts[fault] for fault in FAULTS) or not found else 0
 
 
@@ -79,13 +79,13 @@ def work() -> None:
             out.flush()
 
 
-def write(folder: Path, found: list[Trial], first: int, seconds: float) -> None:
+def write(folder: Path, found: list[Trial], seconds: float) -> None:
     """report.json: counts by verdict, and by kind, command and file; faults.jsonl: every trial that found one."""
     folder.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     report = {
         "trials": len(found),
-        "seeds": [first, first + len(found) - 1],
+        "seeds": [found[0].seed, found[-1].seed] if found else [],
         "commit": commit,
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
