@@ -16,7 +16,7 @@
 namespace monosem {
 namespace {
 
-constexpr int kLevels = 4;
+constexpr int kLevels = 5;
 
 #if defined(__x86_64__)
 
@@ -28,6 +28,16 @@ bool amx_is_allowed() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAll) == kAll &&
          syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+/// Whether this CPU has dot products of int8 in vectors of AVX2. (Not every compiler's __builtin_cpu_supports knows.)
+bool avx_vnni_is_there() {
+#if defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
 #else
   return false;
 #endif
@@ -72,7 +82,10 @@ struct Available {
       if (level_amx() && amx_is_allowed()) add(level_amx());
       add(level_avx512());
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) add(level_avx2());
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+      if (avx_vnni_is_there()) add(level_avxvnni());
+      add(level_avx2());
+    }
 #elif defined(__aarch64__)
     const ArmFeatures arm;
     if (arm.has_matrices) add(level_neon_mmla());

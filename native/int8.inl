@@ -22,8 +22,11 @@ template <int64_t kGroup>
 struct Int8Rows {
   static int64_t words(int64_t d) { return ((d + 3) / 4 + kGroup - 1) / kGroup * kGroup; }
 
-  static void round(const float* row, int64_t d, uint32_t* words, RowBound& bound) {
-    const float scale = largest_magnitude(row, d) / 127.0f;
+  static void round(const float* row, int64_t d, uint32_t* words, RowBound& bound) { round_within(127, row, d, words, bound); }
+
+  /// To whole numbers from -most to most.
+  static void round_within(int most, const float* row, int64_t d, uint32_t* words, RowBound& bound) {
+    const float scale = largest_magnitude(row, d) / static_cast<float>(most);
     const Vec inverse = splat(scale > 0 ? 1.0f / scale : 0.0f), unit = splat(scale);
     Vec squares{}, errors{}, total{};  // sums of whole numbers below 2^24 are exact
     int8_t* out = reinterpret_cast<int8_t*>(words);

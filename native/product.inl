@@ -6,7 +6,8 @@
 // A product offers
 //     kRows, kSlice, Registers           rows of a tile; steps of a slice; set up and released around a sweep
 //     words(d)                           steps of a row of d numbers
-//     round(row, d, words, bound)        packs one row and says what rounding it cost
+//     round(row, d, words, bound)        packs one row and says what rounding it cost; round_latent, if it is there,
+//                                        does so for latents
 //     pack_tile(rows, pitch, steps, out) kRows packed rows as a tile
 //     multiply(tile, panel, steps, sums, resumes)
 //                                        sums[r][v] = the product of row r with latents v kLanes ... (v + 1) kLanes, and
@@ -107,6 +108,13 @@ inline int64_t latent_at(const PackedEncoder& packed, int64_t place) {
   return packed.latent ? packed.latent[place] : place;
 }
 
+/// `Product::round`, but for the products that take latents in a smaller range than rows.
+template <class Product>
+inline void round_latent(const float* row, int64_t d, uint32_t* words, RowBound& bound) {
+  if constexpr (requires { &Product::round_latent; }) Product::round_latent(row, d, words, bound);
+  else Product::round(row, d, words, bound);
+}
+
 template <class Product>
 void pack_panels(const float* encoder, const float* latent_bias, const float* threshold, int64_t n_latents, int64_t d,
                  const PackedEncoder& packed, int64_t begin, int64_t end, uint32_t* rows) {
@@ -129,7 +137,7 @@ void pack_panels(const float* encoder, const float* latent_bias, const float* th
       const int64_t latent = latent_at(packed, place);
       const float* row = encoder + latent * d;
       if (place + 2 < n_latents) prefetch_row(encoder + latent_at(packed, place + 2) * d, d);
-      Product::round(row, d, rows + j * pitch, bound);
+      round_latent<Product>(row, d, rows + j * pitch, bound);
       const float bias = latent_bias[latent], above = threshold ? threshold[latent] : 0.0f;
       const float slack = (__builtin_fabsf(bias) + above) * 0x1p-21f + 1e-30f;
       packed.upper_bias[place] = bias - above + slack;

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -45,7 +46,7 @@ struct Workspace {
   Buffer aux_residual, aux_index, aux_value, aux_d_value, aux_count, aux_squared;
   Buffer starts, pairs, aux_starts, aux_pairs, histogram;
   Buffer aux_latents, aux_rank, aux_encoder, aux_decoder;
-  Buffer sums, partial;
+  Buffer sums, partial, audit;
   std::vector<Buffer> threads;
   Starts first_thresholds;
 
@@ -54,7 +55,7 @@ struct Workspace {
     for (Buffer* b : {&panels, &encoder_terms, &offset, &places, &threshold, &centred, &residual, &index, &value, &d_value, &count, &squared,
                       &aux_residual, &aux_index, &aux_value, &aux_d_value, &aux_count, &aux_squared, &starts, &pairs,
                       &aux_starts, &aux_pairs, &histogram, &aux_latents, &aux_rank, &aux_encoder, &aux_decoder, &sums,
-                      &partial})
+                      &partial, &audit})
       visit(*b);
     for (Buffer& b : threads) visit(b);
   }
@@ -183,6 +184,35 @@ RowsStats run_rows(const Level& l, const RowsTask& task) {
   }
   total.product_ns /= n_threads;
   return total;
+}
+
+/// Counts the latents of the true top k of the audited rows, and those of them that `task` has not selected.
+void audit(const Level& l, const RowsTask& task, const Audit& wanted, RowsStats& stats) {
+  const int64_t n = task.n_latents, block = kLatentBlock, n_blocks = ceil_div(n, block);
+  float* scores = workspace.audit.take<float>(wanted.count * n);
+  parallel(n_blocks, block * 4, [&](int64_t i, char* area) {
+    int32_t* latents = reinterpret_cast<int32_t*>(area);
+    const int64_t begin = i * block, count = std::min(n, begin + block) - begin;
+    std::iota(latents, latents + count, static_cast<int32_t>(begin));
+    for (int64_t r = 0; r < wanted.count; ++r)
+      l.dots(task.centred + wanted.rows[r] * task.stride, task.encoder, task.d_model, latents, count, 0, scores + r * n + begin);
+  });
+  for (int64_t r = 0; r < wanted.count; ++r) {
+    float* score = scores + r * n;
+    const int64_t first = wanted.rows[r] * task.k, count = task.count[wanted.rows[r]];
+    if (count && std::isnan(task.value[first])) continue;
+    const float least = count == task.k ? task.value[first + count - 1] : 0;
+    std::vector<int32_t> top, chosen(task.index + first, task.index + first + count);
+    for (int64_t i = 0; i < n; ++i) {
+      score[i] += task.latent_bias[i];
+      if (score[i] >= least && score[i] > 0) top.push_back(static_cast<int32_t>(i));
+    }
+    std::stable_sort(top.begin(), top.end(), [score](int32_t a, int32_t b) { return score[a] > score[b]; });
+    top.resize(std::min(top.size(), static_cast<size_t>(task.k)));
+    std::sort(chosen.begin(), chosen.end());
+    stats.n_audited += static_cast<int64_t>(top.size());
+    for (const int32_t latent : top) stats.n_missed += !std::binary_search(chosen.begin(), chosen.end(), latent);
+  }
 }
 
 /// The active latents of each row: slots [start(row), start(row) + count[row]).
@@ -326,7 +356,7 @@ struct Forward {
 };
 
 Forward forward(const Level& l, const Shape& shape, const Weights& w, const float* x, Precision precision, const Loss& loss,
-                const bool* dead) {
+                const bool* dead, const Audit& wanted) {
   Forward f{};
   const int64_t batch = shape.batch, n_dead = loss.auxk ? std::count(dead, dead + shape.n_latents, true) : 0;
   const uint32_t* places = n_dead ? dead_first(dead, shape.n_latents) : nullptr;
@@ -346,6 +376,14 @@ Forward forward(const Level& l, const Shape& shape, const Weights& w, const floa
     task.aux_squared = workspace.aux_squared.take<double>(batch);
   }
   f.terms.stats = run_rows(l, task);
+  audit(l, task, wanted, f.terms.stats);
+  if (f.terms.stats.n_missed) {
+    const RowsStats found = f.terms.stats;
+    f = forward(l, shape, w, x, Precision::fp32, loss, dead, {});
+    f.terms.stats.n_audited = found.n_audited;
+    f.terms.stats.n_missed = found.n_missed;
+    return f;
+  }
 
   const double n_elements = static_cast<double>(batch) * static_cast<double>(shape.d_model);
   f.factor = 2 * loss.mse_scale / n_elements;
@@ -427,12 +465,20 @@ double project(const Level& l, const Weights& w, int64_t i, int64_t d, const flo
 
 }  // namespace
 
-RowsStats topk_encode(const Shape& shape, const Weights& w, const float* x, Precision precision, int64_t k, int64_t* index,
-                      float* value) {
+RowsStats topk_encode(const Shape& shape, const Weights& w, const float* x, Precision precision, int64_t k,
+                      const Audit& wanted, int64_t* index, float* value) {
   const Level& l = level();
   if (shape.batch == 0) return {};
   const RowsTask task = selection(shape, w, x, precision, k, pack(l, precision, shape, w, nullptr));
-  const RowsStats stats = run_rows(l, task);
+  RowsStats stats = run_rows(l, task);
+  audit(l, task, wanted, stats);
+  if (stats.n_missed) {
+    const RowsStats found = stats;
+    stats = topk_encode(shape, w, x, Precision::fp32, k, {}, index, value);
+    stats.n_audited = found.n_audited;
+    stats.n_missed = found.n_missed;
+    return stats;
+  }
   std::copy(task.index, task.index + shape.batch * k, index);
   std::copy(task.value, task.value + shape.batch * k, value);
   return stats;
@@ -484,9 +530,9 @@ void decode(const Shape& shape, const Weights& w, const int64_t* index, const fl
 }
 
 Terms topk_gradients(const Shape& shape, const Weights& w, const float* x, Precision precision, const Loss& loss,
-                     const bool* dead, const Weights& gradients, int64_t* n_fired) {
+                     const bool* dead, const Audit& wanted, const Weights& gradients, int64_t* n_fired) {
   const Level& l = level();
-  Forward f = forward(l, shape, w, x, precision, loss, dead);
+  Forward f = forward(l, shape, w, x, precision, loss, dead, wanted);
   f.terms.n_active = count_fired(f.task, n_fired);
   const std::vector<double> through_encoder = write_gradients(l, latents_task(f, w), shape.batch, gradients);
   pre_bias_gradient(f.d_recons_sums, through_encoder, gradients.pre_bias);
@@ -533,11 +579,11 @@ void sparse_gradients(const Shape& shape, const Weights& w, const float* x, cons
 }
 
 StepResult topk_step(const Shape& shape, const Weights& w, const float* x, Precision precision, const Loss& loss,
-                     const bool* dead, int64_t* n_fired, const Weights& first, const Weights& second,
+                     const bool* dead, const Audit& wanted, int64_t* n_fired, const Weights& first, const Weights& second,
                      const Weights& average, const Update& u) {
   const Level& l = level();
   const int64_t d = shape.d_model, n_blocks = ceil_div(shape.n_latents, kLatentBlock);
-  Forward f = forward(l, shape, w, x, precision, loss, dead);
+  Forward f = forward(l, shape, w, x, precision, loss, dead, wanted);
   f.terms.n_active = count_fired(f.task, n_fired);
   const UpdateTask update = update_task(d, w, first, second, average, u);
   std::vector<double> squares(static_cast<size_t>(n_blocks), 0.0);

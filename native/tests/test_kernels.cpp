@@ -214,8 +214,11 @@ void check(const Trial& trial, Precision precision) {
   const bool* dead_flags = reinterpret_cast<const bool*>(trial.dead.data());
 
   Arrays gradients(n, d, NAN);
-  std::vector<int64_t> fired(static_cast<size_t>(n), -1);
-  const Terms terms = topk_gradients(c.shape, w.view(), x.data(), precision, c.loss, dead_flags, gradients.view(), fired.data());
+  std::vector<int64_t> fired(static_cast<size_t>(n), -1), rows = {0, batch - 1};
+  const Audit audit{rows.data(), 2};
+  const Terms terms =
+      topk_gradients(c.shape, w.view(), x.data(), precision, c.loss, dead_flags, audit, gradients.view(), fired.data());
+  if (terms.stats.n_missed || (terms.n_active == batch * c.loss.k && terms.stats.n_audited != 2 * c.loss.k)) fail("audit", c);
   const Truth& truth = trial.truth;
   if (!(std::abs(terms.mse - truth.mse) <= 1e-5 * truth.mse)) fail("mse", c);
   expect_near("encoder gradient", c, gradients.encoder, truth.encoder);
@@ -227,8 +230,8 @@ void check(const Trial& trial, Precision precision) {
   Arrays first(n, d), second(n, d), average(n, d), w2 = w, first2 = first, second2 = second, average2 = average;
   const Update update{1, 1e-3, 0.9, std::numeric_limits<double>::infinity(), 0.9, 0.999, 6.25e-10};
   apply_update(c.shape, w.view(), gradients.view(), first.view(), second.view(), average.view(), update);
-  topk_step(c.shape, w2.view(), x.data(), precision, c.loss, dead_flags, fired.data(), first2.view(), second2.view(),
-            average2.view(), update);
+  topk_step(c.shape, w2.view(), x.data(), precision, c.loss, dead_flags, audit, fired.data(), first2.view(),
+            second2.view(), average2.view(), update);
   for (size_t p = 0; p < 4; ++p)
     if (*w.parts()[p] != *w2.parts()[p] || *average.parts()[p] != *average2.parts()[p]) fail("step", c);
 
@@ -236,8 +239,9 @@ void check(const Trial& trial, Precision precision) {
   Arrays original = trial.w;
   std::vector<int64_t> index(static_cast<size_t>(batch * c.loss.k)), index_fp32 = index;
   std::vector<float> value(index.size()), value_fp32 = value, recons(x.size());
-  const RowsStats stats = topk_encode(c.shape, original.view(), x.data(), precision, c.loss.k, index.data(), value.data());
-  topk_encode(c.shape, original.view(), x.data(), Precision::fp32, c.loss.k, index_fp32.data(), value_fp32.data());
+  const RowsStats stats = topk_encode(c.shape, original.view(), x.data(), precision, c.loss.k, {}, index.data(),
+                                      value.data());
+  topk_encode(c.shape, original.view(), x.data(), Precision::fp32, c.loss.k, {}, index_fp32.data(), value_fp32.data());
   if (index != index_fp32 || value != value_fp32) fail("the precision: it", c);
   if (stats.n_recalled * 10 < stats.n_chosen * 9) fail("the product: it alone", c);
   decode(c.shape, original.view(), index.data(), value.data(), c.loss.k, recons.data());
@@ -257,7 +261,7 @@ void check_strange_rows(Precision precision) {
   std::fill_n(dead.begin(), c.n_dead, char{1});
   std::vector<int64_t> fired(dead.size());
   const Terms terms = topk_gradients(c.shape, w.view(), x.data(), precision, c.loss,
-                                     reinterpret_cast<const bool*>(dead.data()), gradients.view(), fired.data());
+                                     reinterpret_cast<const bool*>(dead.data()), {}, gradients.view(), fired.data());
   if (!std::isnan(terms.mse) || !terms.auxk_dropped) fail("a loss of rows that are not finite", c);
   if (terms.stats.n_saturated == 0) fail("the count of saturated rows", c);
 }
