@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CHECKS = ROOT / "native" / "tests" / "run"
-X86 = {"avx2": "-mavx2", "avx512": "-mavx512bf16", "amx": "-mamx-int8"}
+X86 = {"avx2": "-mavx2", "avxvnni": "-mavxvnni", "avx512": "-mavx512bf16", "amx": "-mamx-int8"}
 ARM = {"neon": "", "neon_dot": "-march=armv8.2-a+dotprod", "neon_mmla": "-march=armv8.2-a+dotprod+bf16+i8mm"}
 PRETEND_MACOS = [
     "-DMONOSEM_TEST=ON",
