@@ -44,7 +44,11 @@ class HarvestConfig:
     """resid_post_mlp, resid_post_attn, resid_delta_mlp, resid_delta_attn, mlp_post_act, attn_z, a module's dotted name
     (its output), or NAME:input (what goes in)."""
     corpus: str = DEFAULT_CORPUS
-    """A named corpus, hf:DATASET[:CONFIG[:SPLIT]], or a local .txt, .jsonl, .parquet file or a folder of them."""
+    """A named corpus, hf:DATASET[:CONFIG[:SPLIT]], or a local .txt, .jsonl, .json, .csv, .tsv, .parquet or .arrow file
+    (packed too: .gz, .zst, .bz2, .xz), or a folder of them. --text-column says which column has the text."""
+    text_column: str | None = None
+    """Column with the text, chats (messages) or token ids; default: the first there is of text, messages,
+    conversations, prompt + completion, input_ids, tokens."""
     context_length: int = 64
     """Tokens a context (64 in the paper)."""
     n_tokens: int = 393_216
