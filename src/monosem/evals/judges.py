@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from monosem import n2g
+from monosem import artifacts, formats, n2g
 from monosem.evals.bootstrap import as_metric, bootstrap, ratio
 from monosem.evals.explainability import Explanation, Fired, Record, Scores
 from monosem.n2g import Examples
@@ -100,9 +100,9 @@ class Answers:
         whole, _, torn = text.rpartition("\n")  # a kill may have cut the last line
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                row = json.loads(line)
-                self.known[_key(row["judge"], row["prompt"])] = row["answer"]
-            except (ValueError, LookupError, TypeError):
+                row = formats.typed(formats.Answer, artifacts.parse_json(line, str(path)))
+                self.known[_key(row.judge, row.prompt)] = row.answer
+            except ValueError:
                 raise ValueError(f"{path} line {number} is no answer of a judge; give another file") from None
         if torn:
             os.truncate(self.path, len((whole + "\n").encode()) if whole else 0)
