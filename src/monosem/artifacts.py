@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from monosem import formats
+from monosem import formats, textfiles
 
 FORMAT_VERSION = 1
 T = TypeVar("T")
@@ -63,16 +63,7 @@ def write_json(path: str | Path, data: Any) -> None:
 
 def read_json(path: str | Path, *, halves: bool = False) -> Any:
     """The JSON in `path`; `ValueError` when it is missing, no regular file, or not strict JSON (`parse_json`)."""
-    try:
-        with open(path, "rb", opener=_regular) as file:
-            text = file.read().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); give a JSON file that can") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); delete it or restore it from a copy") from None
-    return parse_json(text, str(path), halves=halves)
+    return parse_json(textfiles.read_text(Path(path)), str(path), halves=halves)
 
 
 def read_as(path: str | Path, kind: type[T], *, halves: bool = False) -> T:
@@ -242,18 +233,6 @@ def _os_error_code(error: Exception) -> int | None:
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None
-
-
-def _regular(path: str, flags: int) -> int:
-    """An opener that refuses what is no regular file: a pipe would wait for ever, a device never end."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK)
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        raise OSError(errno.EINVAL, "it is no regular file", path)
-    return descriptor
 
 
 def _number(text: str) -> float:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from monosem import artifacts
 from monosem.charts import library
+from monosem.textfiles import csv_rows
 
 log = logging.getLogger("monosem")
 
@@ -105,7 +106,7 @@ def read_table(path: Path) -> Table:
     `ValueError` naming the lines: a column missing, a value that is no number, k > n_latents, a run twice at one number
     of tokens, a normalized_mse that is not a positive number in a run whose status is not diverged.
     """
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _csv_rows(path)
+    rows = _parquet_rows(path) if path.suffix.lower() == ".parquet" else _csv_rows(path)
     if path.name == "runs.csv" and (path.parent / "sweep.json").exists():
         runs = artifacts.read_manifest(path.parent / "sweep.json", "sweep")["runs"]
         if len(vouched(path, {run: facts["rows"] for run, facts in runs.items()})) < len(rows):
@@ -180,23 +181,11 @@ def lines(points: list[Point]) -> str:
 
 def _csv_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     """Line and cells of each row; `ValueError` when a column is there twice, or a row has other cells than columns."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            names = next(reader, [])
-            rows = [(reader.line_num, cells) for cells in reader if cells]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read as CSV ({error}); give a UTF-8 .csv file") from None
-    _refuse_doubles(path, names)
-    for line, cells in rows:
-        if len(cells) != len(names):
-            raise ValueError(f"{path}, line {line} has {len(cells)} cells, but there are {len(names)} columns")
-    return [(line, dict(zip(names, cells, strict=True))) for line, cells in rows]
-
-
-def _refuse_doubles(path: Path, names: list[str]) -> None:
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{path} has the column {twice[0]} twice; keep one of them")
+    rows = list(csv_rows(path))
+    for line, row in rows:
+        if None in row.values():
+            raise ValueError(f"{path}, line {line} has fewer cells than there are columns; restore it from a copy")
+    return rows
 
 
 def csv_text(rows: list[dict[str, Any]]) -> str:
@@ -238,7 +227,9 @@ def _parquet_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
         table = library("pyarrow.parquet", "hub").read_table(path)
     except (OSError, library("pyarrow", "hub").ArrowException) as error:
         raise ValueError(f"{path} cannot be read as Parquet ({error}); give a .csv or .parquet table") from None
-    _refuse_doubles(path, table.column_names)
+    names = table.column_names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path} has the column {twice[0]} twice; keep one of them")
     rows = table.to_pylist()
     return [(i + 2, {k: "" if v is None else str(v) for k, v in row.items()}) for i, row in enumerate(rows)]
 
