@@ -26,6 +26,8 @@ class Home(NamedTuple):
     """Compiled: all tensors of the one dtype, written ones contiguous."""
 
 
+_NO_K = object()
+
 ANY = Home(lambda t: t.is_floating_point() and t.device.type != "meta", "give real numbers in memory", strict=False)
 """Of the kernels in plain torch: any float dtype and device. x may have a narrower dtype than the weights."""
 
@@ -51,7 +53,7 @@ def check_weights(home: Home, weights: Weights) -> None:
         raise ValueError(f"the weights have {n} latents of d_model {d}; give at least one of each")
 
 
-def check_rows(home: Home, name: str, rows: Tensor, weights: Weights) -> None:
+def check_rows(home: Home, name: str, rows: Any, weights: Weights) -> None:
     """`rows` is [batch, d_model], of the weights' device, and of a dtype that theirs holds."""
     _check_kind(home, name, rows)
     if rows.ndim != 2 or rows.shape[1] != weights.encoder.shape[1]:
@@ -60,11 +62,11 @@ def check_rows(home: Home, name: str, rows: Tensor, weights: Weights) -> None:
     _check_alike(name, rows, "encoder", weights.encoder, exact=home.strict)
 
 
-def check_encode(home: Home, x: Tensor, weights: Weights, k: int | None = None) -> None:
+def check_encode(home: Home, x: Any, weights: Weights, k: Any = _NO_K) -> None:
     """What an encoder is given; `k` where it keeps a number of latents."""
     check_weights(home, weights)
     check_rows(home, "x", x, weights)
-    if k is not None:
+    if k is not _NO_K:
         check_k(k, weights)
 
 
@@ -78,7 +80,7 @@ def check_k(k: Any, weights: Weights) -> None:
         raise ValueError(f"k is {k!r}; k must be a whole number between 1 and n_latents, {n}")
 
 
-def check_threshold(home: Home, threshold: Tensor, weights: Weights) -> None:
+def check_threshold(home: Home, threshold: Any, weights: Weights) -> None:
     """One number a latent."""
     _check_kind(home, "threshold", threshold)
     _check_alike("threshold", threshold, "encoder", weights.encoder, exact=home.strict)
@@ -115,11 +117,9 @@ def check_latents(home: Home, latents: SparseLatents, weights: Weights, n_rows: 
                 raise ValueError(f"index {bad} is outside 0..{n - 1}")
 
 
-def check_step(
-    home: Home, x: Tensor, weights: Weights, spec: LossSpec, dead: Tensor | None = None, *, keeps_k: bool = True
-) -> None:
+def check_step(home: Home, x: Any, weights: Weights, spec: LossSpec, dead: Any = None, *, keeps_k: bool = True) -> None:
     """What a step is given: rows to learn from, and where AuxK may act, `dead`."""
-    check_encode(home, x, weights, spec.k if keeps_k else None)
+    check_encode(home, x, weights, spec.k if keeps_k else _NO_K)
     if len(x) == 0:
         raise ValueError("the batch is empty, so it has no gradient; give at least one row")
     if spec.auxk < 0:
@@ -135,7 +135,7 @@ def check_step(
         )
 
 
-def check_sparse(home: Home, x: Tensor, weights: Weights, latents: SparseLatents, d_recons: Tensor) -> None:
+def check_sparse(home: Home, x: Any, weights: Weights, latents: SparseLatents, d_recons: Any) -> None:
     """What `sparse_gradients` is given."""
     check_encode(home, x, weights)
     check_latents(home, latents, weights, len(x))

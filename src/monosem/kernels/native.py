@@ -77,13 +77,13 @@ def topk_encode(
 
     "auto" is `fastest_precision`, audited.
     """
+    checks.check_encode(HOME, x_BD, weights, k)
     return _topk_encode(x_BD, weights, k, precision)[0]
 
 
 def _topk_encode(
     x_BD: Tensor, weights: Weights, k: int, precision: str, audit: Sequence[int] = ()
 ) -> tuple[SparseLatents, dict[str, Any]]:
-    checks.check_encode(HOME, x_BD, weights, k)
     x_BD, weights = readable(x_BD), _readable(weights)
     indices = torch.empty(len(x_BD), k, dtype=torch.int64)
     values = torch.empty(len(x_BD), k)
