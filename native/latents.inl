@@ -71,18 +71,19 @@ inline float latent_gradient(const LatentsTask& task, int64_t latent, float* d_e
 
 constexpr int64_t kSegment = 64;  // rows whose parts lie in L1 together: 2 x 64 x kPart numbers are 32 KiB
 
-inline int64_t aux_scratch_bytes(int64_t count) { return ((count + 7) / 8 * 8 + (kSegment + count) * kPart) * 8; }
+inline int64_t aux_scratch_bytes(int64_t count) { return (count + kSegment * kPart) * 8; }
 
 /// kPart columns of AuxK's gradients. A dead latent is active on a third of the rows, so the rows' parts are read from L1,
-/// a segment of rows at a time, and it is the sums that come and go: from L2, where they lie one after the other. (In rows of
-/// `stride` they would share a few cache sets.)
+/// a segment of rows at a time, and it is the sums that come and go.
 inline void aux_gradients(const AuxTask& task, int64_t t, void* scratch) {
   const int64_t width = task.stride - t < kPart ? task.stride - t : kPart;
   int64_t* next = static_cast<int64_t*>(scratch);
-  float *centred = reinterpret_cast<float*>(next + (task.count + 7) / 8 * 8), *d_recons = centred + kSegment * kPart;
-  float* sums = d_recons + kSegment * kPart;  // [count][2][kPart]
-  memset(sums, 0, static_cast<size_t>(task.count * 2 * kPart) * 4);
-  for (int64_t j = 0; j < task.count; ++j) next[j] = task.list->start[task.latents[j]];
+  float *centred = reinterpret_cast<float*>(next + task.count), *d_recons = centred + kSegment * kPart;
+  for (int64_t j = 0; j < task.count; ++j) {
+    next[j] = task.list->start[task.latents[j]];
+    memset(task.d_encoder + j * task.stride + t, 0, static_cast<size_t>(width) * 4);
+    memset(task.d_decoder + j * task.stride + t, 0, static_cast<size_t>(width) * 4);
+  }
   for (int64_t first = 0; first < task.n_rows; first += kSegment) {
     const int64_t end = first + kSegment < task.n_rows ? first + kSegment : task.n_rows;
     for (int64_t row = first; row < end; ++row) {
@@ -91,21 +92,19 @@ inline void aux_gradients(const AuxTask& task, int64_t t, void* scratch) {
     }
     for (int64_t j = 0; j < task.count; ++j) {
       if (j + 4 < task.count) {
+        const int64_t ahead = (j + 4) * task.stride + t;
         prefetch_row(reinterpret_cast<const float*>(task.list->pairs + next[j + 4]), 2 * kPart);
-        prefetch_row(sums + (j + 4) * 2 * kPart, 2 * kPart);
+        prefetch_row(task.d_encoder + ahead, width);
+        prefetch_row(task.d_decoder + ahead, width);
       }
       const Pair* pairs = task.list->pairs + next[j];
       const int64_t left = task.list->start[task.latents[j] + 1] - next[j];
       int64_t count = 0;
       while (count < left && pairs[count].row < end) ++count;
       next[j] += count;
-      float* d_encoder = sums + j * 2 * kPart;
-      add_columns(pairs, count, first, centred, d_recons, kPart, width, d_encoder, d_encoder + kPart);
+      add_columns(pairs, count, first, centred, d_recons, kPart, width, task.d_encoder + j * task.stride + t,
+                  task.d_decoder + j * task.stride + t);
     }
-  }
-  for (int64_t j = 0; j < task.count; ++j) {
-    memcpy(task.d_encoder + j * task.stride + t, sums + j * 2 * kPart, static_cast<size_t>(width) * 4);
-    memcpy(task.d_decoder + j * task.stride + t, sums + (j * 2 + 1) * kPart, static_cast<size_t>(width) * 4);
   }
 }
 
