@@ -292,9 +292,9 @@ def test_harvest_of_what_is_not_there(
     [
         ("a.txt", "", "has no text; give files with at least one document that is not empty"),
         ("a.jsonl", '{"text": "  "}\n', "has no text"),
-        ("a.jsonl", '{"body": "x"}\n', "line 1 has no 'text' column but body; rename the one with the text"),
+        ("a.jsonl", '{"body": "x"}\n', "line 1 has no column 'text' but body; say which column"),
         ("a.jsonl", '{"text": "x"}\n{"text": \n', "line 2 is not JSON"),
-        ("a.json", "{}", "is of unknown type; give a .txt, .jsonl,"),
+        ("a.md", "{}", "is of unknown type; give a .txt, .jsonl,"),
         ("a.txt", "too short", "has 0 training tokens|has \\d+ training tokens, but .* give a larger corpus"),
     ],
 )

@@ -44,7 +44,11 @@ class HarvestConfig:
     """resid_post_mlp, resid_post_attn, resid_delta_mlp, resid_delta_attn, mlp_post_act, attn_z, a module's dotted name
     (its output), or NAME:input (what goes in)."""
     corpus: str = DEFAULT_CORPUS
-    """A named corpus, hf:DATASET[:CONFIG[:SPLIT]], or a local .txt, .jsonl, .parquet file or a folder of them."""
+    """A named corpus, hf:DATASET[:CONFIG[:SPLIT]], or a local .txt, .jsonl, .json, .csv, .tsv, .parquet or .arrow file
+    (packed too: .gz, .zst, .bz2, .xz), or a folder of them. --text-column says which column has the text."""
+    text_column: str | None = None
+    """Column with the text, chats (messages) or token ids; default: the first there is of text, messages,
+    conversations, prompt + completion, input_ids, tokens."""
     context_length: int = 64
     """Tokens a context (64 in the paper)."""
     n_tokens: int = 393_216
@@ -337,9 +341,9 @@ class ExplainConfig:
     """Activation store whose training tokens are looked at; default: the one the run was trained on."""
     n_tokens: int = 1_048_576
     """Tokens to look at (fewer if the store has fewer)."""
-    n2g: int | Literal["all"] = 256
-    """Latents that get an N2G rule with its recall and precision, drawn among those that fire; more add to what is
-    there, and 0 makes none."""
+    n2g: int | Literal["all"] = 64
+    """Latents that get an N2G rule with its recall and precision, drawn among those that fire: a second or so each;
+    more add to what is there, and 0 makes none."""
     ablations: int | Literal["all"] = 32
     """Latents ablated at the peaks of their strongest examples; the first of those with rules. 0 for none."""
     tasks: str | None = None

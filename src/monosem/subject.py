@@ -36,10 +36,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from monosem import artifacts, loading, resources, vocabulary
@@ -57,6 +57,13 @@ logger = logging.getLogger("monosem")
 
 Replace = Callable[[Float[Tensor, "batch ctx width"]], Float[Tensor, "batch ctx width"]]
 Choose = Callable[[Float[Tensor, "batch vocab"]], Int[Tensor, " batch"]]
+
+
+class Layout(NamedTuple):
+    """For tokens that are no texts one after the other: where each stands, and which others it sees."""
+
+    positions: Int[Tensor, "batch ctx"]
+    sees: Bool[Tensor, "batch ctx ctx"]
 
 
 class Subject:
@@ -155,22 +162,27 @@ class Subject:
         return self.capture(self._few_tokens(), site).shape[-1]
 
     def capture(
-        self, tokens: Int[Tensor, "batch ctx"], site: Site, *, compiled: bool = False
+        self, tokens: Int[Tensor, "batch ctx"], site: Site, *, compiled: bool = False, layout: Layout | None = None
     ) -> Float[Tensor, "batch ctx width"]:
         """The activations at `site`, in the subject's dtype and on its device. Nothing after the site is computed.
 
         `compiled` runs `blocks_before(site)` through torch.compile: faster, with other rounding, and after a delay of
         seconds to half a minute at the first call for a shape. `RuntimeError` or `OSError` where they do not compile.
         """
-        return self.capture_all(tokens, [site], compiled=compiled)[0]
+        return self.capture_all(tokens, [site], compiled=compiled, layout=layout)[0]
 
     @pinned_methods
     def capture_all(
-        self, tokens: Int[Tensor, "batch ctx"], sites: Sequence[Site], *, compiled: bool = False
+        self,
+        tokens: Int[Tensor, "batch ctx"],
+        sites: Sequence[Site],
+        *,
+        compiled: bool = False,
+        layout: Layout | None = None,
     ) -> list[Float[Tensor, "batch ctx width"]]:
         """As `capture` at each of the sites, in one forward pass that ends at the last one reached.
 
-        `compiled` leaves blocks plain that have a site inside.
+        `compiled` leaves blocks plain that have a site inside. With a `layout`, tokens are no texts but what it says.
         """
         found: dict[int, Tensor] = {}
 
@@ -191,7 +203,7 @@ class Subject:
                 hooks.enter_context(_hook(module, side, keep(i)))
             hooks.enter_context(self._compile(blocks))
             with contextlib.suppress(_SitesReachedError):
-                self._forward(tokens)
+                self._forward(tokens, layout=layout)
         return [found[i].clone() for i in range(len(sites))]  # outside inference mode: autograd accepts them
 
     def _whole_blocks(self, sites: Sequence[Site], modules: list[nn.Module]) -> list[nn.Module]:
@@ -364,14 +376,15 @@ class Subject:
         return torch.full((2, min(_N_FEW, self.max_context)), self.prefix_token)
 
     @torch.inference_mode()
-    def _forward(self, tokens: Tensor, past: Any = None) -> Any:
+    def _forward(self, tokens: Tensor, past: Any = None, layout: Layout | None = None) -> Any:
         """Every context is full, so no attention mask is needed; nothing is kept for later, so no KV cache either."""
         if tokens.ndim != 2 or tokens.is_floating_point() or 0 in tokens.shape:
             raise ValueError(
                 f"tokens have shape {list(tokens.shape)}, dtype {tokens.dtype}; give integers [batch, ctx]"
             )
-        if tokens.shape[1] > self.max_context:
-            raise ValueError(f"contexts of {tokens.shape[1]} tokens; {self.name} reads at most {self.max_context}")
+        longest = tokens.shape[1] if layout is None else int(layout.positions.max()) + 1
+        if longest > self.max_context:
+            raise ValueError(f"contexts of {longest} tokens; {self.name} reads at most {self.max_context}")
         ids = tokens.to(torch.long)
         low, high = (int(end) for end in ids.aminmax())
         if low < 0 or high >= self.vocab_size:
@@ -379,6 +392,10 @@ class Subject:
         options: dict[str, Any] = {"use_cache": False} if "use_cache" in self._forward_takes else {}
         if past is not None:
             options = {"use_cache": True, "past_key_values": copy.deepcopy(past)}
+        if layout is not None:
+            unseen = torch.zeros(layout.sees.shape, dtype=self.dtype, device=self.device)
+            unseen.masked_fill_(~layout.sees.to(self.device), torch.finfo(self.dtype).min)
+            options |= {"position_ids": layout.positions.to(self.device), "attention_mask": unseen[:, None]}
         return self.module(ids.to(self.device), **options)
 
     @contextlib.contextmanager
