@@ -150,6 +150,8 @@ def threshold_encode(
 
     "auto" is the fastest precision that is proven to miss nothing.
     """
+    checks.check_encode(HOME, x_BD, weights)
+    checks.check_threshold(HOME, threshold_N, weights)
     latents = _sparse_threshold_encode(x_BD, weights, threshold_N, precision)
     return torch_sparse.threshold_encode(x_BD, weights, threshold_N) if latents is None else latents
 
@@ -158,8 +160,6 @@ def _sparse_threshold_encode(
     x_BD: Tensor, weights: Weights, threshold_N: Tensor, precision: str
 ) -> SparseLatents | None:
     """None where more than 1 in 16 latents is above its threshold on many of the first tokens."""
-    checks.check_encode(HOME, x_BD, weights)
-    checks.check_threshold(HOME, threshold_N, weights)
     x_BD, weights = readable(x_BD), _readable(weights)
     # An infinite threshold is a latent that is never active, not weights that are not finite.
     finite_N = readable(threshold_N).clamp(max=torch.finfo(threshold_N.dtype).max)
