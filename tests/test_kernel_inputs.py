@@ -5,6 +5,7 @@ With TRITON_INTERPRET=1 (test_triton.py) the Triton kernels alone.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Callable
@@ -169,13 +170,13 @@ def test_k_out_of_range_is_refused(k: Any, kernel: ModuleType) -> None:
     refused(lambda: kernel.topk_gradients(x, w, spec, dead()), "k must be a whole number")
 
 
-WRONG: dict[str, tuple[Callable[[Tensor, Weights], tuple[Tensor, Weights]], str]] = {
+WRONG: dict[str, tuple[Callable[[Tensor, Weights], tuple[Any, Weights]], str]] = {
     "a row alone": (lambda x, w: (x[0], w), r"x must be \[batch, d_model\]"),
     "rows of contexts": (lambda x, w: (x[None], w), r"x must be \[batch, d_model\]"),
     "narrow rows": (lambda x, w: (x[:, :5], w), "d_model 12"),
     "whole numbers": (lambda x, w: (x.long(), w), "x is torch.int64"),
     "wide numbers": (lambda x, w: (x.double(), w), "x is torch.float64"),
-    "complex numbers": (lambda x, w: (x.cfloat(), w), "x is torch.complex64"),
+    "complex numbers": (lambda x, w: (x.to(torch.complex64), w), "x is torch.complex64"),
     "nowhere": (lambda x, w: (x.to("meta"), w), "on meta"),
     "sparse rows": (lambda x, w: (x.to_sparse(), w), "dense tensor"),
     "no tensor": (lambda x, w: (x.tolist(), w), "of type list"),
@@ -239,7 +240,7 @@ def test_what_goes_with_a_batch_must_fit_it(kernel: ModuleType) -> None:
     refused(lambda: kernel.threshold_encode(x, w, torch.ones(1)), r"threshold must be \[n_latents\]")
     refused(lambda: kernel.threshold_encode(x, w, torch.ones(N, dtype=torch.int64)), "threshold is torch.int64")
     for wrong in (dead()[:5], dead()[None], dead().long(), dead().to("meta"), dead().tolist()):
-        refused(lambda wrong=wrong: kernel.topk_gradients(x, w, SPEC, wrong), "dead ")
+        refused(functools.partial(kernel.topk_gradients, x, w, SPEC, wrong), "dead ")
     negative = LossSpec(k=K, mse_scale=1.0, auxk=-1)
     refused(lambda: kernel.topk_gradients(x, w, negative, dead()), "auxk must not be negative")
 
