@@ -36,6 +36,7 @@ class Job:
         self.sources = {"autoencoder": artifacts.sha256_file(autoencoder / "config.json"), "store": self.store.hash}
         self.writer = ColumnWriter(self.folder)
         self.computed: dict[str, dict[str, Any]] = {}
+        self._subjects: dict[tuple[Any, ...], Subject] = {}
         path = self.folder / "manifest.json"
         found = artifacts.read_manifest(path, KIND) if path.exists() else {}
         if found.get("sources") == self.sources:
@@ -52,12 +53,12 @@ class Job:
     @cached_property
     def subject(self) -> Subject:
         """For losses and logits."""
-        return subject_of(self.store, "float32", self.config.device)
+        return subject_of(self.store, "float32", self.config.device, self._subjects)
 
     @cached_property
     def reading_subject(self) -> Subject:
         """To read activations off new texts."""
-        return subject_of(self.store, self.store.subject_dtype, self.config.device)
+        return subject_of(self.store, self.store.subject_dtype, self.config.device, self._subjects)
 
     @cached_property
     def tasks(self) -> list[Task]:
