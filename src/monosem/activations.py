@@ -263,6 +263,8 @@ def _harvest(configs: list[HarvestConfig]) -> None:
             f"context_length is {config.context_length}; {subject.name} reads at most {subject.max_context}: lower it"
         )
     jobs = [_Job(c, subject, subject.site(c.layer, c.location, c.revision)) for c in configs]
+    for job in jobs:
+        subject.site_width(job.site)  # a site without activations shows before the text is read
     sources = {"subject": subject.hash, "tokenizer": subject.tokenizer_hash, "corpus": corpus_hash(config.corpus)}
     for job, plan in zip(jobs, plans, strict=True):
         _go_on(job.out, plan, job.config, sources)
