@@ -14,7 +14,7 @@ from benchmarks import explain, harvest, report, train
 
 STAGES = {"train": train, "harvest": harvest, "explain": explain}
 RESULTS = Path(__file__).parent / "results"
-ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MONOSEM_NATIVE_LEVEL")
+ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MONOSEM_NATIVE_LEVEL", "MKL_ENABLE_INSTRUCTIONS")
 """Environment variables that hold all implementations to older instructions: part of the command."""
 
 
