@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from monosem.artifacts import read_json, write_json
+import tiny
+from monosem.artifacts import read_json
 from monosem.config import ExplainConfig, TrainConfig
 from monosem.explanations.entry import explain
 from monosem.model import Autoencoder
@@ -148,7 +149,7 @@ def test_texts_wait_for_their_turn_and_not_too_many(client: TestClient, monkeypa
             time.sleep(0.01)
         assert statuses == [503]
     for thread in waiting:
-        thread.join(timeout=20)
+        thread.join(timeout=120)
     assert statuses == [503, 200, 200]
 
 
@@ -226,7 +227,7 @@ def test_other_sites_are_not_compared(runs: Path, tmp_path: Path) -> None:
     path = tmp_path / "elsewhere/autoencoder/config.json"
     config = read_json(path)
     config["provenance"]["site"]["layer"] += 1
-    write_json(path, config)
+    tiny.reseal(path, config)
     client = opened(runs / "one", others=[tmp_path / "elsewhere"])
     found = client.get(f"{API}/compare", params={"with": "elsewhere"}).json()
     assert "different sites" in found["unlike"] and found["table"] is None
@@ -239,7 +240,7 @@ def test_the_page_waits_for_a_long_comparison(client: TestClient, monkeypatch: p
 
     def slow(a: Run, b: Run, *, keep: bool, at: Any) -> Any:
         at(0.25)
-        return usual(a, b, keep=keep, at=at) if hold.wait(20) else None
+        return usual(a, b, keep=keep, at=at) if hold.wait(120) else None
 
     monkeypatch.setattr(matches, "match", slow)
     page = client.get("/compare?with=two")
@@ -289,7 +290,7 @@ def test_kept_matches_of_something_else_are_not_taken(
         other.save(kept / "autoencoder")
     else:
         manifest = kept / "explain/manifest.json"
-        write_json(manifest, read_json(manifest) | {"n_tokens": 77})
+        tiny.reseal(manifest, read_json(manifest) | {"n_tokens": 77})
     computed: list[str] = []
 
     def watched(name: str, usual: Any) -> Any:

@@ -61,7 +61,12 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 def _seconds_of_the_work(path: Path, configs: dict[str, Any], seconds: dict[str, float]) -> dict[str, float]:
     """Stage by stage, the longer of this time and the last one of the same configs: skipping is quick."""
-    before = artifacts.read_manifest(path, "run") if path.exists() else {}
+    before: dict[str, Any] = {}
+    if path.exists():
+        try:
+            before = artifacts.read_manifest(path, "run")
+        except ValueError as error:
+            log.warning("%s; it is written again, with the seconds of this call alone", error)
     if before.get("config") != configs:
         return seconds
     kept = {name: max(now, before["seconds"].get(name, 0.0)) for name, now in seconds.items() if name != "total"}

@@ -142,7 +142,11 @@ def _finished(path: Path, kind: str, settings: dict[str, Any], sources: dict[str
     """The manifest in `path` if it answers this very question, or it and more (a suite larger than basic)."""
     if not path.exists():
         return None
-    found = artifacts.read_manifest(path, kind)
+    try:
+        found = artifacts.read_manifest(path, kind)
+    except ValueError as error:
+        log.warning("%s: evaluating again", error)
+        return None
     version = artifacts.versions().get("monosem")
     at_least = [settings]
     if settings.get("suite") == "basic":

@@ -25,7 +25,7 @@ _SIDES = {"up": "upvote", "down": "downvote"}
 def write(store: ExplainStore, folder: str | Path, latents: Iterable[int]) -> int:
     """Write the files of `latents`; returns how many. A file that is there is replaced."""
     chosen = list(latents)
-    words: list[str] = artifacts.read_json(store.folder / "vocabulary.json")
+    words = store.vocabulary
     ablated = store.column("ablation_latents").tolist() if "ablation_latents" in store else []
     rows = {latent: row for row, latent in enumerate(ablated)}
     for latent in progress(chosen, "sae-viewer", "latent", total=len(chosen), each=1):
