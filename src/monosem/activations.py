@@ -98,18 +98,34 @@ def _harvested(configs: list[HarvestConfig]) -> list[ActivationStore]:
             raise ValueError("out is empty; give the folder of the activation store")
         if out.exists() and not out.is_dir():
             raise ValueError(f"out is {out}, which is a file; give a folder")
+    missing = [config for config in configs if not _is_complete(config)]  # what is there is read without a lock
     with contextlib.ExitStack() as locks:
-        missing = []
-        for config, out in zip(configs, outs, strict=True):
-            locks.enter_context(artifacts.folder_lock(out))
-            if (out / "manifest.json").exists():
-                _require_same(out, ActivationStore.open(out).manifest, config, _local_corpus(config))
-                log.info("store %s is already complete", out)
-            else:
-                missing.append(config)
+        for config in missing:
+            _require_own_folder(Path(config.out))
+            locks.enter_context(artifacts.folder_lock(config.out))
+        missing = [config for config in missing if not _is_complete(config)]  # made while this waited for its turn
         if missing:
             _harvest(missing)
     return [ActivationStore.open(out) for out in outs]
+
+
+def _is_complete(config: HarvestConfig) -> bool:
+    """Whether the very store is there; `ValueError` for another one."""
+    out = Path(config.out)
+    if not (out / "manifest.json").exists():
+        return False
+    _require_same(out, ActivationStore.open(out).manifest, config, _local_corpus(config))
+    log.info("store %s is already complete", out)
+    return True
+
+
+def _require_own_folder(out: Path) -> None:
+    """`ValueError` where files of a store's names lie that no harvest left: they would be overwritten."""
+    if (out / "plan.json").exists():
+        artifacts.read_manifest(out / "plan.json", PLAN_KIND)
+        return
+    if found := [name for name in ("mean.safetensors", *SPLITS) if (out / name).exists()]:
+        raise ValueError(f"{out} holds {' and '.join(found)}, but no plan.json of a harvest; choose another out")
 
 
 class ActivationStore:
@@ -309,8 +325,9 @@ def _go_on(out: Path, plan: dict[str, Any] | None, config: HarvestConfig, source
     if plan is not None:
         _require_same(out, plan, config, sources)
         log.info("resuming the harvest in %s", out)
-    for leftover in out.rglob(".*.tmp"):  # the lock is ours, so nobody else is writing
-        leftover.unlink()
+    for folder in (out, *(out / split for split in SPLITS)):
+        for leftover in folder.glob(".*.*.tmp"):  # the lock is ours, so nobody else is writing
+            leftover.unlink()
 
 
 def _choose_dtype(configs: list[HarvestConfig], plans: list[dict[str, Any] | None]) -> str:

@@ -34,6 +34,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     if not config.out:
         raise ValueError("out is empty; give the folder of the main job")
     out = Path(config.out)
+    if (out / "run.json").exists():
+        artifacts.read_manifest(out / "run.json", "run")  # before the hours: what others made is not overwritten
     harvest_config = dataclasses.replace(config.harvest, out=str(out / "store"))
     train_config = dataclasses.replace(config.train, out=str(out), store=str(out / "store"))
     eval_config = dataclasses.replace(config.eval, run=str(out))
@@ -53,16 +55,19 @@ def run(config: RunConfig) -> dict[str, Any]:
         log.info("%s: %.1f s", name, seconds[name])
     seconds["total"] = round(sum(seconds.values()), 1)
     configs = {"harvest": to_dict(harvest_config), "train": to_dict(train_config), "eval": to_dict(eval_config)}
-    kept = _seconds_of_the_work(out / "run.json", configs, seconds)
-    artifacts.write_json(out / "run.json", artifacts.manifest("run", configs, {}, seconds=kept))
+    kept, before = _seconds_of_the_work(out / "run.json", configs, seconds)
+    if kept != before:  # else all was there, perhaps where nothing can be written
+        artifacts.write_json(out / "run.json", artifacts.manifest("run", configs, {}, seconds=kept))
     assert isinstance(result, dict)
     return {**result, "seconds": seconds}
 
 
-def _seconds_of_the_work(path: Path, configs: dict[str, Any], seconds: dict[str, float]) -> dict[str, float]:
-    """Stage by stage, the longer of this time and the last one of the same configs: skipping is quick."""
+def _seconds_of_the_work(
+    path: Path, configs: dict[str, Any], seconds: dict[str, float]
+) -> tuple[dict[str, float], dict[str, float] | None]:
+    """Stage by stage, the longer of this time and the last of the same configs, as skipping is quick; and the last."""
     before = artifacts.read_manifest(path, "run") if path.exists() else {}
     if before.get("config") != configs:
-        return seconds
+        return seconds, None
     kept = {name: max(now, before["seconds"].get(name, 0.0)) for name, now in seconds.items() if name != "total"}
-    return {**kept, "total": round(sum(kept.values()), 1)}
+    return {**kept, "total": round(sum(kept.values()), 1)}, before["seconds"]

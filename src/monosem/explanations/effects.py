@@ -82,8 +82,13 @@ def _padded(array: np.ndarray) -> np.ndarray:
 
 def _write_columns(job: Job, latents: list[int]) -> None:
     folder, write = job.folder / FOLDER, job.writer.write
-    rows = [np.load(folder / f"{latent}.npz", allow_pickle=False) for latent in latents]
-    merged = {name: np.stack([row[name] for row in rows]) for name in rows[0].files}
+    rows = []
+    for latent in latents:
+        with np.load(
+            folder / f"{latent}.npz", allow_pickle=False
+        ) as file:  # closed: there may be more than can be open
+            rows.append(dict(file))
+    merged = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     sparsity = np.full(job.n_latents, np.nan, np.float32)
     with np.errstate(invalid="ignore"):
         sums, n = np.nansum(merged["sparsity"], axis=1), (~np.isnan(merged["sparsity"])).sum(axis=1)

@@ -20,7 +20,7 @@ from monosem.run_folder import open_run, subject_of
 from monosem.subject import Subject
 from monosem.types import resolve_device
 
-_MAY_CHANGE = ("run", "store", "device", "tasks")
+_MAY_CHANGE = ("run", "store", "device", "model", "tasks")
 
 Of = dict[str, Any]
 """On what the result of a part depends, beside the autoencoder and the store."""
@@ -35,11 +35,18 @@ class Job:
         _, self.autoencoder, self.store = open_run(config.run, config.store, self.device)
         self.sources = {"autoencoder": artifacts.sha256_file(autoencoder / "config.json"), "store": self.store.hash}
         self.writer = ColumnWriter(self.folder)
+        self.read()
+
+    def read(self) -> None:
+        """See what of this explanation is there."""
         self.computed: dict[str, dict[str, Any]] = {}
+        self.failed: dict[str, str] = {}
+        """Parts that could not be made, and why."""
         path = self.folder / "manifest.json"
         found = artifacts.read_manifest(path, KIND) if path.exists() else {}
         if found.get("sources") == self.sources:
             self.computed, self.writer.columns = found.get("computed", {}), found["columns"]
+            self.failed = found.get("failed", {})
 
     @property
     def n_latents(self) -> int:
@@ -52,12 +59,12 @@ class Job:
     @cached_property
     def subject(self) -> Subject:
         """For losses and logits."""
-        return subject_of(self.store, "float32", self.config.device)
+        return subject_of(self.store, "float32", self.config.device, model=self.config.model)
 
     @cached_property
     def reading_subject(self) -> Subject:
         """To read activations off new texts."""
-        return subject_of(self.store, self.store.subject_dtype, self.config.device)
+        return subject_of(self.store, self.store.subject_dtype, self.config.device, model=self.config.model)
 
     @cached_property
     def tasks(self) -> list[Task]:
@@ -99,6 +106,7 @@ class Job:
             "n_quantile_bands": collect.N_BANDS,
             "probe_tasks": self.computed.get("probes", {}).get("tasks", []),
             "computed": self.computed,
+            "failed": self.failed,
             "columns": self.writer.columns,
         }
         artifacts.write_json(self.folder / "manifest.json", artifacts.manifest(KIND, settings, self.sources, **facts))
