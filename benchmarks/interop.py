@@ -175,12 +175,13 @@ def compare(run: str, n_contexts: int) -> dict[str, Any]:
 
     from monosem import convert
     from monosem.evals import downstream, probes, reconstruction, tasks
+    from monosem.loading import locate
     from monosem.run_folder import open_run
-    from monosem.subject import Subject, _locate
+    from monosem.subject import Subject
 
     opened = open_run(run, None, torch.device("cpu"))
     autoencoder, site = opened.autoencoder, opened.store.site
-    subject, folder = Subject.load(site.model, dtype="float32", device="cpu"), _locate(site.model, site.revision)[1]
+    subject, folder = Subject.load(site.model, dtype="float32", device="cpu"), locate(site.model, site.revision)[1]
     special = torch.tensor([i for i in subject.tokenizer.all_special_ids if i is not None])
     contexts = opened.store.contexts("held_out")
     plain = (~torch.isin(contexts.tokens, special)).all(1).nonzero()[:, 0][: n_contexts // 8 * 8]

@@ -42,6 +42,7 @@ class Shape(NamedTuple):
 
 
 OURS = {
+    "native-auto": ("native", "auto"),
     "native-fp32": ("native", "fp32"),
     "native-bf16": ("native", "bf16"),
     "native-int8": ("native", "int8"),
@@ -101,6 +102,7 @@ def train_ours(name: str, shape: Shape, batches: Batches) -> None:
         from monosem import _native
 
         batches.facts["level"] = _native.level()
+        batches.facts["precision"] = kernel.fastest_precision() if precision == "auto" else precision
         batches.parts = _native.timings
     batches.answer = lambda request: {"recall": recall(kernel, state.weights, x, shape.k, precision)}
     for x in batches:

@@ -28,8 +28,8 @@ PEAK = "peak"
 DEFAULT_SHAPES = "16384x4096,65536x1024"
 DEFAULT_IMPLS = {
     "cpu": (
-        *("native-fp32", "native-bf16", "native-int8", "torch", *PEER_LOOPS),
-        *("native-bf16+ema", "native-bf16+auxk", "torch+auxk"),
+        *("native-auto", "native-fp32", "native-bf16", "native-int8", "torch", *PEER_LOOPS),
+        *("native-auto+ema", "native-auto+auxk", "torch+auxk"),
     ),
     "cuda": (
         *("triton-fp32", "triton-tf32", "triton-bf16", "triton-fp8", "torch", *PEER_LOOPS),
@@ -200,7 +200,7 @@ def numbers(timed: Timed, anchor: Timed | None, n_tokens: int) -> dict[str, Any]
 def _fractions(name: str, timed: Timed, peaks: list[dict[str, float]], shape: Shape) -> dict[str, Any]:
     """The encoder product's floor, and its share of the step, round by round against the peak of the same round."""
     base = name.partition("+")[0]
-    kind = OURS[base][1] if base in OURS else "fp32"
+    kind = timed.facts.get("precision", OURS[base][1]) if base in OURS else "fp32"
     if not peaks or kind not in peaks[0]:
         return {}
     floors = [roofline.floor_ms(shape.n_latents, shape.d_model, shape.batch, peak[kind]) for peak in peaks]

@@ -1,6 +1,6 @@
 """Write the tables of README.md, docs/reproduce.md and docs/performance.md from the committed files under results/.
 
-    python experiments/tables.py keep runs/demo     copy a demo run's numbers (again: add its seconds) into results/
+    python experiments/tables.py keep runs/demo     copy a demo run's numbers into results/
     python experiments/tables.py                    fill every <!-- table NAME --> ... <!-- end --> block
 
 A table is never typed in: change the results file by its command and run this again.
@@ -24,25 +24,28 @@ from typing import Any
 RESULTS = Path("results/smollm2-135m-instruct-q4_1")
 PAGES = (Path("README.md"), Path("docs/reproduce.md"), Path("docs/performance.md"))
 BENCHMARK = Path("benchmarks/results/train-cpu.csv")
-STAGES = ("fetch", "harvest", "train", "evaluate", "total")
+STAGES = ("fetch", "harvest", "train", "evaluate", "explain", "total")
+LEVELS = {
+    "amx": "AMX",
+    "avx512": "AVX-512",
+    "avx2": "AVX2",
+    "portable": "no vector unit known",
+    "torch": "not compiled",
+}
+"""Of the compiled kernels, for people."""
 
 Row = dict[str, str]
 
 
 def keep(run: Path) -> None:
-    """Copy eval.json's numbers of `run`, and its seconds beside those of earlier runs of the same numbers."""
+    """Copy eval.json's numbers of `run`."""
     report = json.loads((run / "eval.json").read_text())
     found = {name: report[name] for name in ("run", "metrics", "histograms", "config", "versions")}
     found["run"].pop("store", None)  # a path of the machine it ran on
     path = RESULTS / "demo.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    same = before.get("metrics") == found["metrics"]
-    seconds = before["seconds"] if same else []
-    if (now := json.loads((run / "run.json").read_text())["seconds"]) not in seconds:
-        seconds = [*seconds, now]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"commit": commit, "date": datetime.date.today().isoformat(), "seconds": seconds}
+    facts = {"commit": commit, "date": datetime.date.today().isoformat()}
     path.write_text(json.dumps({**found, **facts}, indent=2) + "\n")
 
 
@@ -65,11 +68,23 @@ def demo() -> str:
 
 
 def seconds() -> str:
-    """Seconds of each stage of the demo: every run, and the median."""
-    runs = json.loads((RESULTS / "demo.json").read_text())["seconds"]
-    rows = [[f"run {i + 1}", *(f"{run[s]:.0f}" for s in STAGES)] for i, run in enumerate(runs)]
-    rows.append(["median", *(f"{statistics.median(run[s] for run in runs):.0f}" for s in STAGES)])
-    return markdown(["", *STAGES], rows)
+    """Seconds of each stage of the demo, the median of the runs of a kind of machine at its latest commit."""
+    kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for run in json.loads((RESULTS / "demo-times.json").read_text()):
+        machine = run["machine"]
+        limited = (
+            ", held to it" if {"ONEDNN_MAX_CPU_ISA", "MONOSEM_NATIVE_LEVEL"} & machine["environment"].keys() else ""
+        )
+        instructions = f"{LEVELS[machine['kernels']]}{limited}"
+        kind = instructions, machine["cpu"], str(machine["threads"]), run["subject_dtype"]
+        same = [old for old in kinds.get(kind, []) if old["commit"] == run["commit"]]
+        kinds[kind] = [*same, run]
+    rows = []
+    for (instructions, cpu, threads, dtype), runs in kinds.items():
+        times = [[run["seconds"][stage] for run in runs] for stage in STAGES]
+        shown = [f"{statistics.median(t):.0f}" if None not in t else "not measured" for t in times]
+        rows.append([instructions, cpu, threads, dtype, *shown, str(len(runs)), runs[-1]["commit"]])
+    return markdown(["instructions", "CPU", "cores", "subject in", *STAGES, "runs", "commit"], rows)
 
 
 def speed() -> str:

@@ -1,4 +1,4 @@
-// What the levels with AVX-512 share: vectors of 16 floats, and rows rounded to bf16 and int8.
+// What the levels with AVX-512 share: vectors of 16 floats, and how a vector is rounded to bf16 and int8.
 
 constexpr int kLanes = 16;
 constexpr int kTileRows = 12;      // 24 accumulators, 2 of the panel, the rest for broadcasts: 32 registers
@@ -31,63 +31,22 @@ inline int32_t append_lanes(float* upper, uint32_t* place, int32_t count, uint32
 #include "linear.inl"
 #include "product.inl"
 
-/// Words of two bf16. `words` counts whole groups of kGroup: what lies behind d is zero.
-template <int64_t kGroup>
-struct Bf16Rows {
-  static int64_t words(int64_t d) { return ((d + 1) / 2 + kGroup - 1) / kGroup * kGroup; }
+inline Vec to_bf16(Vec exact, uint16_t* out) {
+  const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)exact);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), half);
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+}
 
-  static void round(const float* row, int64_t d, uint32_t* words, RowBound& bound) {
-    Vec squares{}, errors{};
-    memset(words + d / 2, 0, static_cast<size_t>(Bf16Rows::words(d) - d / 2) * 4);
-    each_vector(d, [&](int64_t t, auto at) {
-      const __m512 exact = (__m512)at.load(row + t);
-      const __m256i half = (__m256i)_mm512_cvtneps_pbh(exact);
-      const __m512 rounded = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-      const Vec error = (Vec)_mm512_sub_ps(exact, rounded);
-      squares = fma((Vec)rounded, (Vec)rounded, squares);
-      errors = fma(error, error, errors);
-      if (t + kLanes <= d) _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + t / 2), half);
-      else memcpy(words + t / 2, &half, static_cast<size_t>(d - t) * 2);
-    });
-    bound = {norm_above(sum(squares), d), norm_above(sum(errors), d), 1.0f, 0};
-  }
-};
+inline Vec to_int8(Vec scaled, int8_t* out) {
+  const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32((__m512)scaled));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
 
-/// Words of four int8, in groups of kGroup likewise. Their bound is not one: operands are too coarse for Cauchy-Schwarz to
-/// be of use. Rounding errors are taken as independent, and the interval as 8 of their standard deviations,
-/// |error| / sqrt(D) each.
-template <int64_t kGroup>
-struct Int8Rows {
-  static int64_t words(int64_t d) { return ((d + 3) / 4 + kGroup - 1) / kGroup * kGroup; }
+#include "bf16.inl"
+#include "int8.inl"
 
-  static void round(const float* row, int64_t d, uint32_t* words, RowBound& bound) {
-    Vec largest{};
-    each_vector(d, [&](int64_t t, auto at) {
-      largest = (Vec)_mm512_max_ps((__m512)largest, _mm512_abs_ps((__m512)at.load(row + t)));
-    });
-    const float most = _mm512_reduce_max_ps((__m512)largest), scale = most / 127.0f;
-    const Vec inverse = splat(scale > 0 ? 1.0f / scale : 0.0f), unit = splat(scale);
-    Vec squares{}, errors{};
-    __m512i total = _mm512_setzero_si512();
-    int8_t* out = reinterpret_cast<int8_t*>(words);
-    memset(words, 0, static_cast<size_t>(Int8Rows::words(d)) * 4);
-    each_vector(d, [&](int64_t t, auto at) {
-      const Vec exact = at.load(row + t);
-      const __m512i whole = _mm512_cvtps_epi32((__m512)(exact * inverse));
-      const __m128i bytes = _mm512_cvtsepi32_epi8(whole);
-      const Vec error = exact - unit * (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-      squares = fma(exact, exact, squares);
-      errors = fma(error, error, errors);
-      total = _mm512_add_epi32(total, _mm512_cvtepi8_epi32(bytes));
-      memcpy(out + t, &bytes, static_cast<size_t>(d - t < kLanes ? d - t : kLanes));
-    });
-    const float error = norm_above(sum(errors), d), deviations = 8.0f / __builtin_sqrtf(static_cast<float>(d));
-    bound = {norm_above(sum(squares), d) + error, deviations < 1 ? deviations * error : error, scale,
-             _mm512_reduce_add_epi32(total)};
-  }
-
-  /// Integer sums less `offset`, in real units.
-  static inline __attribute__((always_inline)) Vec real(Vec sums, __m512i offset, Vec scale) {
-    return (Vec)_mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)sums, offset)) * scale;
-  }
-};
+/// Integer sums less `offset`, in real units.
+inline __attribute__((always_inline)) Vec real(Vec sums, __m512i offset, Vec scale) {
+  return (Vec)_mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)sums, offset)) * scale;
+}

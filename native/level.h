@@ -68,6 +68,8 @@ struct RowsStats {
   int64_t n_rerun;      // rows whose threshold started too high, so that they were swept once more
   int64_t n_recalled;   // chosen latents that are among the k of largest upper bounds on their row
   int64_t n_chosen;     // positive latents of the top k, on rows that were not saturated
+  int64_t n_audited;    // latents of the true top k of the rows that were audited
+  int64_t n_missed;     // of these, how many the product left out
   int64_t product_ns;   // in the product and its threshold test; in the end the mean of the threads
 };
 
@@ -123,7 +125,7 @@ struct UpdateTask {
 struct Level {
   const char* name;
   int64_t panel_latents;
-  bool has_low;  // bf16 and int8; else they run as fp32
+  bool has_low;  // int8, and mostly bf16; else they run as fp32
 
   /// 32-bit words a row takes when packed.
   int64_t (*packed_words)(Precision, int64_t d_model);
@@ -172,9 +174,14 @@ struct Level {
                         int64_t count, float factor);
 };
 
-const Level* level_amx();  // null where the compiler or the architecture has none
+// Null where the compiler has none; those of another architecture are not built.
+const Level* level_amx();
 const Level* level_avx512();
+const Level* level_avxvnni();
 const Level* level_avx2();
+const Level* level_neon_mmla();
+const Level* level_neon_dot();
+const Level* level_neon();
 const Level* level_portable();
 
 }  // namespace monosem

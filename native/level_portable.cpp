@@ -1,4 +1,4 @@
-// The level for every CPU: vectors of four floats, which the compiler maps to SSE2, NEON or plain code.
+// The level for every CPU: vectors of four floats, which the compiler maps to SSE2 or plain code.
 #include "level.h"
 
 #include <string.h>
@@ -6,8 +6,6 @@
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
 #endif
 
 #define MONOSEM_LEVEL portable
@@ -17,17 +15,13 @@ namespace monosem::portable {
 namespace {
 
 constexpr int kLanes = 4;
-constexpr int kTileRows = 6;       // 12 accumulators fit 16 registers, and NEON's 32
+constexpr int kTileRows = 6;       // 12 accumulators fit 16 registers
 constexpr int kGradientBlock = 6;
 constexpr bool kHasLow = false;
 
 #include "vector.inl"
 
-#if defined(__aarch64__)
-inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
-#else
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-#endif
 
 inline float sum(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 

@@ -69,22 +69,35 @@ nb::dict as_dict(const monosem::RowsStats& stats) {
   d["n_rescored"] = stats.n_rescored;
   d["n_saturated"] = stats.n_saturated;
   d["n_rerun"] = stats.n_rerun;
-  d["recall"] = stats.n_chosen ? static_cast<double>(stats.n_recalled) / static_cast<double>(stats.n_chosen) : 1.0;
+  d["n_audited"] = stats.n_audited;
+  d["n_missed"] = stats.n_missed;
   d["product_s"] = 1e-9 * static_cast<double>(stats.product_ns);
   return d;
 }
 
-nb::dict topk_encode(Matrix x, nb::tuple w, int64_t k, const std::string& precision, Indices index, Matrix value) {
+/// Rows to audit; none where nothing is given.
+monosem::Audit audit_of(nb::object given, const monosem::Shape& shape) {
+  if (given.is_none()) return {nullptr, 0};
+  const Counts rows = cast<Counts>(given);
+  const int64_t count = static_cast<int64_t>(rows.shape(0));
+  for (int64_t i = 0; i < count; ++i)
+    if (rows.data()[i] < 0 || rows.data()[i] >= shape.batch) refuse("a row to audit is outside the batch");
+  return {rows.data(), count};
+}
+
+nb::dict topk_encode(Matrix x, nb::tuple w, int64_t k, const std::string& precision, Indices index, Matrix value,
+                     nb::object audit) {
   const monosem::Shape shape = batch_shape(w, x);
   const monosem::Weights arrays = weights(w, shape);
   if (k < 1 || k > shape.n_latents) refuse("k must be between 1 and n_latents");
   const size_t batch = x.shape(0), width = static_cast<size_t>(k);
   if (index.shape(0) != batch || index.shape(1) != width || value.shape(0) != batch || value.shape(1) != width)
     refuse("index and value must be [batch, k]");
+  const monosem::Audit rows = audit_of(audit, shape);
   monosem::RowsStats stats;
   {
     nb::gil_scoped_release release;
-    stats = monosem::topk_encode(shape, arrays, x.data(), precision_named(precision, shape), k, index.data(), value.data());
+    stats = monosem::topk_encode(shape, arrays, x.data(), precision_named(precision, shape), k, rows, index.data(), value.data());
   }
   return as_dict(stats);
 }
@@ -160,13 +173,14 @@ nb::tuple as_tuple(const monosem::Terms& t) {
 }
 
 nb::tuple topk_gradients(Matrix x, nb::tuple w, Mask dead, int64_t k, double mse_scale, int64_t auxk, double auxk_coef,
-                         const std::string& precision, Counts n_fired, nb::tuple gradients) {
+                         const std::string& precision, Counts n_fired, nb::tuple gradients, nb::object audit) {
   const StepArguments a(x, w, dead, n_fired, {k, mse_scale, auxk, auxk_coef});
   const monosem::Weights out = weights(gradients, a.shape);
+  const monosem::Audit rows = audit_of(audit, a.shape);
   monosem::Terms terms;
   {
     nb::gil_scoped_release release;
-    terms = monosem::topk_gradients(a.shape, a.weights, x.data(), precision_named(precision, a.shape), a.loss, dead.data(), out,
+    terms = monosem::topk_gradients(a.shape, a.weights, x.data(), precision_named(precision, a.shape), a.loss, dead.data(), rows, out,
                                     n_fired.data());
   }
   return as_tuple(terms);
@@ -174,15 +188,17 @@ nb::tuple topk_gradients(Matrix x, nb::tuple w, Mask dead, int64_t k, double mse
 
 nb::tuple topk_step(Matrix x, nb::tuple w, Mask dead, int64_t k, double mse_scale, int64_t auxk, double auxk_coef,
                     const std::string& precision, Counts n_fired, nb::tuple first, nb::tuple second, nb::object average,
-                    int64_t step, double lr, double ema, double beta1, double beta2, double epsilon) {
+                    int64_t step, double lr, double ema, double beta1, double beta2, double epsilon,
+                    nb::object audit) {
   const StepArguments a(x, w, dead, n_fired, {k, mse_scale, auxk, auxk_coef});
   const monosem::Weights m = weights(first, a.shape), v = weights(second, a.shape);
   const monosem::Weights mean = optional_weights(average, a.shape);
+  const monosem::Audit rows = audit_of(audit, a.shape);
   monosem::StepResult result;
   {
     nb::gil_scoped_release release;
     result = monosem::topk_step(a.shape, a.weights, x.data(), precision_named(precision, a.shape), a.loss, dead.data(),
-                                n_fired.data(), m, v, mean,
+                                rows, n_fired.data(), m, v, mean,
                                 {step, lr, ema, std::numeric_limits<double>::infinity(), beta1, beta2, epsilon});
   }
   return nb::make_tuple(as_tuple(result.terms), result.norm);
@@ -224,19 +240,21 @@ void set_level(const std::string& name) {
 }  // namespace
 
 NB_MODULE(_native, m) {
-  m.def("topk_encode", &topk_encode, "x"_a, "weights"_a, "k"_a, "precision"_a, "index"_a, "value"_a);
+  m.def("topk_encode", &topk_encode, "x"_a, "weights"_a, "k"_a, "precision"_a, "index"_a, "value"_a,
+        "audit"_a = nb::none());
   m.def("threshold_encode", &threshold_encode, "x"_a, "weights"_a, "threshold"_a, "precision"_a,
         "Indices and values, or None where they would not be sparse.");
   m.def("decode", &decode, "index"_a, "value"_a, "weights"_a, "recons"_a);
   m.def("sparse_gradients", &sparse_gradients, "x"_a, "weights"_a, "index"_a, "value"_a, "d_recons"_a, "d_active"_a,
         "gradients"_a);
   m.def("topk_gradients", &topk_gradients, "x"_a, "weights"_a, "dead"_a, "k"_a, "mse_scale"_a, "auxk"_a, "auxk_coef"_a,
-        "precision"_a, "n_fired"_a, "gradients"_a);
+        "precision"_a, "n_fired"_a, "gradients"_a, "audit"_a = nb::none());
   m.def("topk_step", &topk_step, "x"_a, "weights"_a, "dead"_a, "k"_a, "mse_scale"_a, "auxk"_a, "auxk_coef"_a,
         "precision"_a, "n_fired"_a, "first"_a, "second"_a, "average"_a.none(), "step"_a, "lr"_a, "ema"_a, "beta1"_a,
-        "beta2"_a, "epsilon"_a);
+        "beta2"_a, "epsilon"_a, "audit"_a = nb::none());
   m.def("apply_update", &apply_update, "weights"_a, "gradients"_a, "first"_a, "second"_a, "average"_a.none(), "step"_a,
         "lr"_a, "ema"_a, "beta1"_a, "beta2"_a, "epsilon"_a, "clip_norm"_a);
+  m.def("has_low", [] { return monosem::level().has_low; }, "Whether the level in use has products below fp32.");
   m.def("level", [] { return std::string(monosem::level().name); }, "The dispatch level in use.");
   m.def("levels", &levels, "The dispatch levels of this machine, best first.");
   m.def("set_level", &set_level, "name"_a, "Forces a dispatch level; 'auto' undoes it.");

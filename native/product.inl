@@ -6,7 +6,8 @@
 // A product offers
 //     kRows, kSlice, Registers           rows of a tile; steps of a slice; set up and released around a sweep
 //     words(d)                           steps of a row of d numbers
-//     round(row, d, words, bound)        packs one row and says what rounding it cost
+//     round(row, d, words, bound)        packs one row and says what rounding it cost; round_latent, if it is there,
+//                                        does so for latents
 //     pack_tile(rows, pitch, steps, out) kRows packed rows as a tile
 //     multiply(tile, panel, steps, sums, resumes)
 //                                        sums[r][v] = the product of row r with latents v kLanes ... (v + 1) kLanes, and
@@ -63,6 +64,17 @@ inline __attribute__((always_inline)) void end_sums(const Lanes (&acc)[kRows][2]
   }
 }
 
+/// acc[r][v] += x[r] w[v]. A level that has a better way of its own overloads it.
+template <int kRows>
+inline __attribute__((always_inline)) void add_products(Vec (&acc)[kRows][2], const float* x, Vec w0, Vec w1) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    const Vec xr = splat(x[r]);
+    acc[r][0] = fma(xr, w0, acc[r][0]);
+    acc[r][1] = fma(xr, w1, acc[r][1]);
+  }
+}
+
 struct Fp32Product {
   using Registers = NoRegisters;
   static constexpr int kRows = kTileRows;
@@ -87,21 +99,20 @@ struct Fp32Product {
     begin_sums(acc, sums, resumes);
     const float* x = reinterpret_cast<const float*>(tile);
     const float* w = reinterpret_cast<const float*>(panel);
-    for (int64_t s = 0; s < steps; ++s, x += kRows, w += kPanel) {
-      const Vec w0 = load(w), w1 = load(w + kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const Vec xr = splat(x[r]);
-        acc[r][0] = fma(xr, w0, acc[r][0]);
-        acc[r][1] = fma(xr, w1, acc[r][1]);
-      }
-    }
+    for (int64_t s = 0; s < steps; ++s, x += kRows, w += kPanel) add_products(acc, x, load(w), load(w + kLanes));
     end_sums(acc, sums);
   }
 };
 
 inline int64_t latent_at(const PackedEncoder& packed, int64_t place) {
   return packed.latent ? packed.latent[place] : place;
+}
+
+/// `Product::round`, but for the products that take latents in a smaller range than rows.
+template <class Product>
+inline void round_latent(const float* row, int64_t d, uint32_t* words, RowBound& bound) {
+  if constexpr (requires { &Product::round_latent; }) Product::round_latent(row, d, words, bound);
+  else Product::round(row, d, words, bound);
 }
 
 template <class Product>
@@ -126,7 +137,7 @@ void pack_panels(const float* encoder, const float* latent_bias, const float* th
       const int64_t latent = latent_at(packed, place);
       const float* row = encoder + latent * d;
       if (place + 2 < n_latents) prefetch_row(encoder + latent_at(packed, place + 2) * d, d);
-      Product::round(row, d, rows + j * pitch, bound);
+      round_latent<Product>(row, d, rows + j * pitch, bound);
       const float bias = latent_bias[latent], above = threshold ? threshold[latent] : 0.0f;
       const float slack = (__builtin_fabsf(bias) + above) * 0x1p-21f + 1e-30f;
       packed.upper_bias[place] = bias - above + slack;

@@ -1,14 +1,14 @@
 #include "step.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
+#include "threads.h"
 #include "workspace.h"
 
 namespace monosem {
@@ -46,7 +46,7 @@ struct Workspace {
   Buffer aux_residual, aux_index, aux_value, aux_d_value, aux_count, aux_squared;
   Buffer starts, pairs, aux_starts, aux_pairs, histogram;
   Buffer aux_latents, aux_rank, aux_encoder, aux_decoder;
-  Buffer sums, partial;
+  Buffer sums, partial, audit;
   std::vector<Buffer> threads;
   Starts first_thresholds;
 
@@ -55,7 +55,7 @@ struct Workspace {
     for (Buffer* b : {&panels, &encoder_terms, &offset, &places, &threshold, &centred, &residual, &index, &value, &d_value, &count, &squared,
                       &aux_residual, &aux_index, &aux_value, &aux_d_value, &aux_count, &aux_squared, &starts, &pairs,
                       &aux_starts, &aux_pairs, &histogram, &aux_latents, &aux_rank, &aux_encoder, &aux_decoder, &sums,
-                      &partial})
+                      &partial, &audit})
       visit(*b);
     for (Buffer& b : threads) visit(b);
   }
@@ -82,7 +82,7 @@ int64_t padded(int64_t d) { return ceil_div(d, 16) * 16; }
 
 /// One scratch area a thread, allocated before the threads start: nothing may throw inside a parallel region.
 std::vector<char*> thread_scratch(int64_t bytes) {
-  const size_t n = static_cast<size_t>(omp_get_max_threads());
+  const size_t n = static_cast<size_t>(max_threads());
   if (workspace.threads.size() < n) workspace.threads.resize(n);
   std::vector<char*> areas;
   for (size_t i = 0; i < n; ++i) areas.push_back(workspace.threads[i].take<char>(bytes));
@@ -93,8 +93,7 @@ std::vector<char*> thread_scratch(int64_t bytes) {
 template <class Body>
 void parallel(int64_t count, int64_t scratch_bytes, Body body) {
   const std::vector<char*> areas = thread_scratch(scratch_bytes);
-#pragma omp parallel for schedule(dynamic, 1)
-  for (int64_t i = 0; i < count; ++i) body(i, areas[static_cast<size_t>(omp_get_thread_num())]);
+  each_index(count, [&](int64_t i) { body(i, areas[static_cast<size_t>(thread_number())]); });
 }
 
 struct Packed {
@@ -159,7 +158,7 @@ RowsTask selection(const Shape& shape, const Weights& w, const float* x, Precisi
 int64_t block_rows(const Level& l, const RowsTask& task, int64_t n_rows) {
   const int64_t tile_rows = l.tile_rows(task.precision);
   const int64_t tile_bytes = l.packed_words(task.precision, task.d_model) * 4 * tile_rows;
-  const int64_t n_threads = omp_get_max_threads();
+  const int64_t n_threads = max_threads();
   const int64_t most = std::clamp<int64_t>(kTileBytes / tile_bytes, 1, 100) * tile_rows;
   const int64_t n_blocks = ceil_div(ceil_div(n_rows, most), n_threads) * n_threads;
   return ceil_div(ceil_div(n_rows, n_blocks), tile_rows) * tile_rows;
@@ -167,11 +166,11 @@ int64_t block_rows(const Level& l, const RowsTask& task, int64_t n_rows) {
 
 RowsStats run_rows(const Level& l, const RowsTask& task) {
   const Timer timer(times.rows);
-  const int64_t n_threads = omp_get_max_threads(), rows = block_rows(l, task, task.n_rows);
+  const int64_t n_threads = max_threads(), rows = block_rows(l, task, task.n_rows);
   float* starts = workspace.first_thresholds.of(task, n_threads);
   std::vector<RowsStats> stats(static_cast<size_t>(ceil_div(task.n_rows, rows)));
   parallel(static_cast<int64_t>(stats.size()), l.rows_scratch_bytes(task, rows), [&](int64_t i, char* area) {
-    l.rows(task, i * rows, std::min(task.n_rows, (i + 1) * rows), area, starts[omp_get_thread_num()],
+    l.rows(task, i * rows, std::min(task.n_rows, (i + 1) * rows), area, starts[thread_number()],
            stats[static_cast<size_t>(i)]);
   });
   RowsStats total{};
@@ -185,6 +184,35 @@ RowsStats run_rows(const Level& l, const RowsTask& task) {
   }
   total.product_ns /= n_threads;
   return total;
+}
+
+/// Counts the latents of the true top k of the audited rows, and those of them that `task` has not selected.
+void audit(const Level& l, const RowsTask& task, const Audit& wanted, RowsStats& stats) {
+  const int64_t n = task.n_latents, block = kLatentBlock, n_blocks = ceil_div(n, block);
+  float* scores = workspace.audit.take<float>(wanted.count * n);
+  parallel(n_blocks, block * 4, [&](int64_t i, char* area) {
+    int32_t* latents = reinterpret_cast<int32_t*>(area);
+    const int64_t begin = i * block, count = std::min(n, begin + block) - begin;
+    std::iota(latents, latents + count, static_cast<int32_t>(begin));
+    for (int64_t r = 0; r < wanted.count; ++r)
+      l.dots(task.centred + wanted.rows[r] * task.stride, task.encoder, task.d_model, latents, count, 0, scores + r * n + begin);
+  });
+  for (int64_t r = 0; r < wanted.count; ++r) {
+    float* score = scores + r * n;
+    const int64_t first = wanted.rows[r] * task.k, count = task.count[wanted.rows[r]];
+    if (count && std::isnan(task.value[first])) continue;
+    const float least = count == task.k ? task.value[first + count - 1] : 0;
+    std::vector<int32_t> top, chosen(task.index + first, task.index + first + count);
+    for (int64_t i = 0; i < n; ++i) {
+      score[i] += task.latent_bias[i];
+      if (score[i] >= least && score[i] > 0) top.push_back(static_cast<int32_t>(i));
+    }
+    std::stable_sort(top.begin(), top.end(), [score](int32_t a, int32_t b) { return score[a] > score[b]; });
+    top.resize(std::min(top.size(), static_cast<size_t>(task.k)));
+    std::sort(chosen.begin(), chosen.end());
+    stats.n_audited += static_cast<int64_t>(top.size());
+    for (const int32_t latent : top) stats.n_missed += !std::binary_search(chosen.begin(), chosen.end(), latent);
+  }
 }
 
 /// The active latents of each row: slots [start(row), start(row) + count[row]).
@@ -203,7 +231,7 @@ PairList group_by_latent(const Shape& shape, const Actives& actives, const float
                          Buffer& pairs) {
   const int32_t* index = actives.index;
   const Timer timer(times.group);
-  const int64_t n = shape.n_latents, n_parts = std::min<int64_t>(omp_get_max_threads(), 16);
+  const int64_t n = shape.n_latents, n_parts = std::min<int64_t>(max_threads(), 16);
   const auto part = [&](int64_t p) { return shape.batch * p / n_parts; };
   int64_t* start = starts.take<int64_t>(n + 1);
   int64_t* next = workspace.histogram.take<int64_t>(n_parts * n);
@@ -328,7 +356,7 @@ struct Forward {
 };
 
 Forward forward(const Level& l, const Shape& shape, const Weights& w, const float* x, Precision precision, const Loss& loss,
-                const bool* dead) {
+                const bool* dead, const Audit& wanted) {
   Forward f{};
   const int64_t batch = shape.batch, n_dead = loss.auxk ? std::count(dead, dead + shape.n_latents, true) : 0;
   const uint32_t* places = n_dead ? dead_first(dead, shape.n_latents) : nullptr;
@@ -348,6 +376,14 @@ Forward forward(const Level& l, const Shape& shape, const Weights& w, const floa
     task.aux_squared = workspace.aux_squared.take<double>(batch);
   }
   f.terms.stats = run_rows(l, task);
+  audit(l, task, wanted, f.terms.stats);
+  if (f.terms.stats.n_missed) {
+    const RowsStats found = f.terms.stats;
+    f = forward(l, shape, w, x, Precision::fp32, loss, dead, {});
+    f.terms.stats.n_audited = found.n_audited;
+    f.terms.stats.n_missed = found.n_missed;
+    return f;
+  }
 
   const double n_elements = static_cast<double>(batch) * static_cast<double>(shape.d_model);
   f.factor = 2 * loss.mse_scale / n_elements;
@@ -429,12 +465,20 @@ double project(const Level& l, const Weights& w, int64_t i, int64_t d, const flo
 
 }  // namespace
 
-RowsStats topk_encode(const Shape& shape, const Weights& w, const float* x, Precision precision, int64_t k, int64_t* index,
-                      float* value) {
+RowsStats topk_encode(const Shape& shape, const Weights& w, const float* x, Precision precision, int64_t k,
+                      const Audit& wanted, int64_t* index, float* value) {
   const Level& l = level();
   if (shape.batch == 0) return {};
   const RowsTask task = selection(shape, w, x, precision, k, pack(l, precision, shape, w, nullptr));
-  const RowsStats stats = run_rows(l, task);
+  RowsStats stats = run_rows(l, task);
+  audit(l, task, wanted, stats);
+  if (stats.n_missed) {
+    const RowsStats found = stats;
+    stats = topk_encode(shape, w, x, Precision::fp32, k, {}, index, value);
+    stats.n_audited = found.n_audited;
+    stats.n_missed = found.n_missed;
+    return stats;
+  }
   std::copy(task.index, task.index + shape.batch * k, index);
   std::copy(task.value, task.value + shape.batch * k, value);
   return stats;
@@ -486,9 +530,9 @@ void decode(const Shape& shape, const Weights& w, const int64_t* index, const fl
 }
 
 Terms topk_gradients(const Shape& shape, const Weights& w, const float* x, Precision precision, const Loss& loss,
-                     const bool* dead, const Weights& gradients, int64_t* n_fired) {
+                     const bool* dead, const Audit& wanted, const Weights& gradients, int64_t* n_fired) {
   const Level& l = level();
-  Forward f = forward(l, shape, w, x, precision, loss, dead);
+  Forward f = forward(l, shape, w, x, precision, loss, dead, wanted);
   f.terms.n_active = count_fired(f.task, n_fired);
   const std::vector<double> through_encoder = write_gradients(l, latents_task(f, w), shape.batch, gradients);
   pre_bias_gradient(f.d_recons_sums, through_encoder, gradients.pre_bias);
@@ -535,11 +579,11 @@ void sparse_gradients(const Shape& shape, const Weights& w, const float* x, cons
 }
 
 StepResult topk_step(const Shape& shape, const Weights& w, const float* x, Precision precision, const Loss& loss,
-                     const bool* dead, int64_t* n_fired, const Weights& first, const Weights& second,
+                     const bool* dead, const Audit& wanted, int64_t* n_fired, const Weights& first, const Weights& second,
                      const Weights& average, const Update& u) {
   const Level& l = level();
   const int64_t d = shape.d_model, n_blocks = ceil_div(shape.n_latents, kLatentBlock);
-  Forward f = forward(l, shape, w, x, precision, loss, dead);
+  Forward f = forward(l, shape, w, x, precision, loss, dead, wanted);
   f.terms.n_active = count_fired(f.task, n_fired);
   const UpdateTask update = update_task(d, w, first, second, average, u);
   std::vector<double> squares(static_cast<size_t>(n_blocks), 0.0);

@@ -20,6 +20,13 @@ struct Shape {
   int64_t batch, d_model, n_latents;
 };
 
+/// Rows whose selection is compared with their true top k, by the canonical value of every latent. A product that left one
+/// out is not to be trusted: all rows are selected once more, by the exact fp32 product. RowsStats says what was found.
+struct Audit {
+  const int64_t* rows;
+  int64_t count;
+};
+
 struct Loss {
   int64_t k;
   double mse_scale;
@@ -48,7 +55,8 @@ bool set_level(const char* name);
 /// The names that set_level accepts here, best first, null-terminated.
 const char* const* level_names();
 
-RowsStats topk_encode(const Shape&, const Weights&, const float* x, Precision, int64_t k, int64_t* index, float* value);
+RowsStats topk_encode(const Shape&, const Weights&, const float* x, Precision, int64_t k, const Audit&, int64_t* index,
+                      float* value);
 /// All pre-activations above max(threshold, 0), a row of `width` slots each by falling value, 0 behind them. Nothing where
 /// it would not be sparse: more than a quarter of the first rows have above a sixteenth of the latents (or above 1,024).
 struct Exceeding {
@@ -59,7 +67,7 @@ struct Exceeding {
 std::optional<Exceeding> threshold_encode(const Shape&, const Weights&, const float* x, Precision, const float* threshold);
 void decode(const Shape&, const Weights&, const int64_t* index, const float* value, int64_t k, float* recons);
 Terms topk_gradients(const Shape&, const Weights&, const float* x, Precision, const Loss&, const bool* dead,
-                     const Weights& gradients, int64_t* n_fired);
+                     const Audit&, const Weights& gradients, int64_t* n_fired);
 /// Gradients of a loss through `recons` = decode(latents), whose gradient by recons is `d_recons` [B, D], and of
 /// d_active times the sum of the active values. Slots whose value is not positive are skipped, whatever their index.
 void sparse_gradients(const Shape&, const Weights&, const float* x, const int64_t* index, const float* value, int64_t k,
@@ -74,7 +82,7 @@ struct StepResult {
   double norm;
 };
 StepResult topk_step(const Shape&, const Weights&, const float* x, Precision, const Loss&, const bool* dead,
-                     int64_t* n_fired, const Weights& first, const Weights& second, const Weights& average, const Update&);
+                     const Audit&, int64_t* n_fired, const Weights& first, const Weights& second, const Weights& average, const Update&);
 
 /// Milliseconds of the parts of this thread's last call.
 struct Times {

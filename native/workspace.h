@@ -45,8 +45,10 @@ class Buffer {
     release();
     const size_t alignment = bytes >= kHugePage ? kHugePage : 64;
     bytes = (bytes + alignment - 1) / alignment * alignment;
-    data_ = std::aligned_alloc(alignment, bytes);
-    if (!data_) throw std::bad_alloc();
+    if (posix_memalign(&data_, alignment, bytes) != 0) {  // aligned_alloc came to macOS with 10.15
+      data_ = nullptr;
+      throw std::bad_alloc();
+    }
     bytes_ = bytes;
 #if defined(__linux__)
     if (alignment == kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);

@@ -87,7 +87,12 @@ def test_a_hook_inside_a_block_is_never_compiled_over(
         site = subject.site(2, location)
         assert len(subject.blocks_before(site)) == (3 if location == "resid_post_mlp" else 2)
         assert subject.capture(tokens(), site, compiled=True).equal(subject.capture(tokens(), site))
-    assert subject.blocks_before(subject.site(location=subject._family.blocks + ".1")) == []  # type: ignore[union-attr]
+    assert subject._family is not None
+    blocks, inside = subject._family.blocks, subject._family.attn_z.path
+    for name, n in ((f"{blocks}.1", 2), (f"{blocks}.1:input", 1), (f"{blocks}.1.{inside}:input", 1), (blocks, 0)):
+        assert len(subject.blocks_before(subject.site(location=name))) == n
+    site = subject.site(location=f"{blocks}.2.{inside}:input")
+    assert subject.capture(tokens(), site, compiled=True).equal(subject.capture(tokens(), subject.site(2, "attn_z")))
 
 
 def test_compiled_blocks_do_not_outlast_the_call(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,8 +134,11 @@ def test_what_does_not_compile_is_harvested_plain_and_logged(
     config: HarvestConfig, large: None, compile_: Any, told: str, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    plain = harvest(dataclasses.replace(config, out=f"{config.out}-plain", location="model.layers.2"))
-    assert "no block is known to be over before model.layers.2" in caplog.text
+    harvest(dataclasses.replace(config, out=f"{config.out}-norm", location="model.norm"))
+    assert "no block is known to be over before model.norm" in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr(activations, "COMPILE_FROM_TOKENS", config.n_tokens + config.n_tokens_held_out + 1)
+        plain = harvest(dataclasses.replace(config, out=f"{config.out}-plain"))
     monkeypatch.setattr(torch, "compile", compile_)
     store = harvest(config)
     assert told in caplog.text and store.manifest["compiled"] is False

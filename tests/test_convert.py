@@ -269,3 +269,153 @@ def test_expose_says_what_it_does_not_know() -> None:
     with pytest.raises(ValueError, match="hook_name does not follow"):
         convert.expose(OURS, model_name="gpt2")
     assert convert.expose(OURS, model_name="gpt2", hook_name="blocks.7.hook_mlp_out").cfg.hook_layer == 7
+
+
+# The paper's own code, precision, and what a module does beside encode and decode
+
+
+class TopKOfPaper(nn.Module):
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def forward(self, x: Tensor) -> Tensor:
+        top = x.topk(self.k)
+        return torch.zeros_like(x).scatter(-1, top.indices, top.values.relu())
+
+
+class PaperLike(nn.Module):
+    """openai/sparse_autoencoder's: LayerNorm inside, undone by `decode` with what `encode` gave, and not without."""
+
+    def __init__(self, normalizes: bool = True, epsilon: float = 1e-5) -> None:
+        super().__init__()
+        self.encoder, self.decoder = (
+            nn.Linear(D_MODEL, N_LATENTS, bias=False),
+            nn.Linear(N_LATENTS, D_MODEL, bias=False),
+        )
+        self.encoder.weight.data, self.decoder.weight.data = (
+            OURS.weights.encoder.clone(),
+            OURS.weights.decoder.T.clone(),
+        )
+        self.pre_bias = nn.Parameter(OURS.weights.pre_bias.clone())
+        self.latent_bias = nn.Parameter(torch.linspace(-0.1, 0.1, N_LATENTS))
+        self.activation = TopKOfPaper(K) if normalizes else nn.ReLU()
+        self.normalizes, self.epsilon = normalizes, epsilon
+
+    def encode(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        info = {}
+        if self.normalizes:
+            mu = x.mean(-1, keepdim=True)
+            std = (x - mu).std(-1, keepdim=True)
+            x, info = (x - mu) / (std + self.epsilon), {"mu": mu, "std": std}
+        return self.activation(self.encoder(x - self.pre_bias) + self.latent_bias), info
+
+    def decode(self, latents: Tensor, info: dict[str, Tensor] | None = None) -> Tensor:
+        recons = self.decoder(latents) + self.pre_bias
+        if self.normalizes:
+            assert info is not None
+            recons = recons * info["std"] + info["mu"]
+        return recons
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        latents, info = self.encode(x)
+        return latents, latents, self.decode(latents, info)
+
+    def saved(self) -> dict[str, Any]:
+        state: dict[str, Any] = {**self.state_dict(), "stats_last_nonzero": torch.zeros(N_LATENTS)}
+        if self.normalizes:
+            return state | {"activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "ReLU"}}
+        return state | {"activation": "ReLU"}
+
+
+@pytest.mark.parametrize("size", [3.0, 1e-3])
+@pytest.mark.parametrize("normalizes", [True, False])
+def test_the_papers_own_module_and_its_state_dict(normalizes: bool, size: float) -> None:
+    module, raw = PaperLike(normalizes), ROWS * size
+    with torch.no_grad():
+        z, info = module.encode(raw)
+        expected = module.decode(z, info)
+    for autoencoder in (convert.wrap(module, D_MODEL), convert.from_openai(module.saved())):
+        assert autoencoder.config.k == (K if normalizes else N_LATENTS) and autoencoder.tells_pre_activations
+        torch.testing.assert_close(autoencoder(raw), expected, atol=1e-5 * size, rtol=1e-4)
+        latents = autoencoder.encode(autoencoder.normalize(raw)[0])
+        dense = torch.zeros(len(raw), N_LATENTS).scatter_add(1, latents.indices.long(), latents.values)
+        torch.testing.assert_close(dense, z, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(autoencoder.weights.latent_bias, torch.linspace(-0.1, 0.1, N_LATENTS))
+
+
+def test_statistics_that_are_not_ours_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"another reconstruction .* statistics of monosem\.model\.normalize"):
+        convert.wrap(PaperLike(epsilon=0.5), D_MODEL)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("stub", [SaeLensLike, DictionaryLike, SparsifyLike, PaperLike])
+def test_a_module_is_judged_to_the_precision_of_its_dtype(stub: type[nn.Module], dtype: torch.dtype) -> None:
+    module: Any = stub().to(dtype)
+    pre_bias = module.pre_bias if isinstance(module, PaperLike) else module.b_dec
+    pre_bias.data += 5  # large beside the decoder's rows
+    n_latents = N_LATENTS if stub is SparsifyLike else None
+    autoencoder = convert.wrap(module, D_MODEL, n_latents=n_latents, k=K)
+    assert autoencoder.tells_pre_activations
+    named = dict(module.named_parameters())
+    decoder = named["W_dec"] if "W_dec" in named else named["decoder.weight"].T
+    torch.testing.assert_close(autoencoder.weights.decoder, decoder.float(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(autoencoder.weights.pre_bias, pre_bias.float(), atol=1e-5, rtol=0)
+
+
+class Skipping(SaeLensLike):
+    """forward does more than decode of encode."""
+
+    def __init__(self, skip: float) -> None:
+        super().__init__()
+        self.skip = skip
+
+    def forward(self, x: Tensor) -> Any:
+        assert not self.training, "judged as it is used"
+        return SimpleNamespace(sae_out=self.decode(self.encode(x)) + self.skip * x)
+
+
+def test_a_forward_that_does_more_is_refused_and_one_that_does_not_is_taken() -> None:
+    module = Skipping(0.0)
+    assert convert.wrap(module, D_MODEL, k=K).tells_pre_activations and module.training
+    for skip in (0.1, 1.0):
+        with pytest.raises(ValueError, match="forward of Skipping gives another reconstruction"):
+            convert.wrap(Skipping(skip), D_MODEL, k=K)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"transcode": True},
+        {"skip_connection": True},
+        {"finetuning_scaling_factor": True},
+        {"normalize_activations": "expected_average_only_in"},
+        {"reshape_activations": "hook_z"},
+    ],
+)
+def test_settings_that_change_results_are_refused_by_name(settings: dict[str, Any]) -> None:
+    module = SaeLensLike()
+    module.cfg = SimpleNamespace(**settings)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        convert.wrap(module, D_MODEL, k=K)
+    module.cfg = SimpleNamespace(**dict.fromkeys(settings), normalize_decoder=True, multi_topk=True)  # type: ignore[assignment]
+    convert.wrap(module, D_MODEL, k=K)
+
+
+def test_a_state_dict_that_is_not_known_is_refused() -> None:
+    state = PaperLike().saved()
+    tied = {k: v for k, v in state.items() if k != "decoder.weight"} | {
+        "decoder.linear.weight": state["encoder.weight"]
+    }
+    torch.testing.assert_close(convert.from_openai(tied).weights.decoder, OURS.weights.encoder)
+    for change, told in (
+        ({"activation": "Identity"}, "known are TopK"),
+        ({"activation_state_dict": {"k": K, "postact_fn": "Identity"}}, "known are TopK"),
+        ({"activation_state_dict": {"k": K, "groups": 2}}, "groups"),
+        ({"activation_state_dict": {}}, "k = None"),
+        ({"scale": torch.ones(1)}, "has .*scale"),
+        ({"pre_bias": torch.full((D_MODEL,), torch.nan)}, "not finite"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            convert.from_openai(state | change)

@@ -86,3 +86,86 @@ def test_what_cannot_be_read_or_written_is_refused(tmp_path: Path) -> None:
     convert.save_sae_lens(autoencoder("topk"), tmp_path)
     with pytest.raises(ValueError, match="cannot be saved"):
         convert.save_sae_lens(convert.load_sae_lens(tmp_path), tmp_path / "again")
+
+
+OLD = {
+    "l1_coefficient": 5, "context_size": 64, "hook_layer": 3, "prepend_bos": True, "model_from_pretrained_kwargs": {},
+    "finetuning_scaling_factor": False, "hook_head_index": None, "activation_fn_kwargs": {},
+}  # fmt: skip
+
+
+def saved_as(folder: Path, activation: str, **fields: Any) -> Path:
+    convert.save_sae_lens(autoencoder(activation), folder)
+    change(folder, **fields)
+    return folder
+
+
+def test_older_words_for_the_same_are_read(tmp_path: Path) -> None:
+    x = normalize(ROWS)[0]
+    for activation, fields in (
+        (
+            "topk",
+            {"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}, "k": None},
+        ),
+        ("topk", {"activation_fn": "topk"}),
+        ("relu", {"activation_fn_str": "relu", **OLD}),
+        ("jumprelu", {"activation_fn_str": "relu", **OLD}),
+    ):
+        theirs = convert.load_sae_lens(saved_as(tmp_path, activation, **fields))
+        torch.testing.assert_close(
+            dense(theirs.encode(x)), dense(autoencoder(activation).encode(x)), atol=1e-5, rtol=1e-5
+        )
+        assert theirs.config.k == (K if activation == "topk" else N_LATENTS)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    for name in ("reshape_activations", "normalize_activations"):
+        cfg.pop(name)
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    raw = convert.load_sae_lens(tmp_path)  # as before there were other normalisations than none
+    assert torch.equal(raw.normalize(ROWS)[0], ROWS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"activation_fn_str": "tanh-relu"}, "activation function 'tanh-relu'"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K, "groups": 4}}, "known: groups"),
+        ({"activation_fn_str": "relu"}, "activation function 'relu' and architecture 'topk'"),
+        ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor of .* is True"),
+        ({"hook_head_index": 3}, "hook_head_index of .* is 3"),
+        ({"reshape_activations": None, "metadata": {"hook_name": "blocks.3.attn.hook_z"}}, "reshape_activations"),
+        ({"apply_b_dec_to_input": None}, "apply_b_dec_to_input of .* is None"),
+        ({"apply_b_dec_to_input": 1}, "apply_b_dec_to_input of .* is 1"),
+        ({"group_size": 4, "tau": 1}, "not known to leave the latents as they are: group_size, tau"),
+        ({"k": 0}, "k of .* is 0"),
+        ({"k": N_LATENTS + 1}, "k of .* is 31"),
+        ({"k": "4"}, "k of .* is '4'"),
+        ({"d_in": 13}, "has the tensors .* its settings ask for"),
+        ({"architecture": "gated", "k": None}, "has the tensors"),
+        ({"architecture": "standard"}, "which standard does not use"),
+    ],
+)
+def test_settings_that_are_not_known_or_do_not_fit_are_refused(
+    tmp_path: Path, fields: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        convert.load_sae_lens(saved_as(tmp_path, "topk", **fields))
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    saved_as(tmp_path, "topk")
+    for text in ("[1]", "{", '{"a":' + "[" * 100_000 + "]" * 100_000 + "}", "\x00"):
+        (tmp_path / "cfg.json").write_text(text)
+        with pytest.raises(ValueError, match=r"holds no autoencoder|is no object"):
+            convert.load_sae_lens(tmp_path)
+    saved_as(tmp_path, "topk")
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    for changes, told in (
+        ({"scaling_factor": torch.full((N_LATENTS,), 1.1)}, "scaling_factor"),
+        ({"W_dec": tensors["W_dec"] * torch.inf}, "W_dec of .* is not finite"),
+        ({"b_dec": tensors["b_dec"][1:]}, "has the tensors"),
+    ):
+        save_file({**tensors, **changes}, tmp_path / "sae_weights.safetensors")
+        with pytest.raises(ValueError, match=told):
+            convert.load_sae_lens(tmp_path)
+    save_file({**tensors, "scaling_factor": torch.ones(N_LATENTS)}, tmp_path / "sae_weights.safetensors")
+    convert.load_sae_lens(tmp_path)

@@ -15,15 +15,17 @@ import monosem
 PACKAGE = Path(monosem.__file__).parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("textfiles",),
     ("config", "artifacts", "logs", "interrupts"),
     ("resources", "charts", "definitions", "explained"),
     ("torch_state",),
-    ("types",),
+    ("types", "corpora"),
     ("losses",),
     ("kernels",),
     ("variants",),
     ("model",),
-    ("step", "subject", "tokens", "convert", "dtypes"),
+    ("families", "loading", "vocabulary"),
+    ("step", "subject", "tokens", "convert", "dtypes", "packing"),
     ("checkpoint", "activations", "n2g"),
     ("stream", "run_folder"),
     ("training", "evals", "scaling"),
@@ -37,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 """Lowest first. A module imports lower layers and its own package only: neither siblings nor anything higher."""
 
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
-TORCH_FREE = ("config", "artifacts", "logs", "interrupts", "resources", "charts", "definitions")
+TORCH_FREE = ("textfiles", "config", "artifacts", "logs", "interrupts", "resources", "charts", "definitions")
 HEAVY = {"accelerate", "datasets", "gguf", "matplotlib", "plotly", "pyarrow", "scipy", "transformers"}
 TORCH_FREE_BANS = HEAVY | {"torch", "numpy"}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from monosem import resources
-from monosem import subject as subject_module
+from monosem import loading, resources
 from monosem.subject import Subject
 from monosem.types import LOCATIONS, Site
 from tiny import N_LAYERS, VOCAB_SIZE, tiny_lm, tiny_tokenizer
@@ -417,8 +416,8 @@ def test_gguf_is_converted_once_to_a_plain_folder_with_the_same_logits(
     (folder,) = (cache / "converted").iterdir()
     config = (folder / "config.json").read_text()
     assert "gguf" not in config and "quantization" not in config
-    assert converted.hash == subject_module._weights_hash(folder)
-    monkeypatch.setattr(subject_module, "_convert_gguf", lambda *_: pytest.fail("converted again"))
+    assert converted.hash == loading.weights_hash(folder)
+    monkeypatch.setattr(loading, "_convert_gguf", lambda *_: pytest.fail("converted again"))
     again = Subject.load(str(gguf_file), device="cpu")
     assert again.hash == converted.hash and again.tokenizer_hash == converted.tokenizer_hash
 

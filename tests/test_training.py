@@ -9,19 +9,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from monosem import step
+from monosem import kernels, step, training
 from monosem.activations import ActivationStore, harvest
 from monosem.checkpoint import load_state
 from monosem.config import HarvestConfig, TrainConfig, activation_facts, activations
 from monosem.kernels import torch_sparse
 from monosem.logs import MetricsLog
 from monosem.training import train
+from monosem.types import LossSpec
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +138,75 @@ def test_killed_and_run_again_ends_in_the_same_bits(
     assert want.keys() == got.keys()
     differing = {name: (want[name] - got[name]).abs().max().item() for name in want if not want[name].equal(got[name])}
     assert differing == {}
+
+
+@pytest.fixture
+def native_kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The compiled kernels, whose audits miss a latent at the steps that the test names; int8 is the fastest."""
+    if not kernels.native_is_built():
+        pytest.skip("monosem._native is not in this install")
+    from monosem.kernels import native
+
+    fused = native.topk_step
+
+    def topk_step(x: Any, weights: Any, spec: LossSpec, dead: Any, optimizer: Any, update: Any) -> Any:
+        out, norm = fused(x, weights, spec, dead, optimizer, update)
+        selected_by.append(spec.precision)
+        if update.step in missed_at and spec.audit:
+            assert out.stats is not None
+            missed = {**out.stats, "n_missed": 4, "recall": 1 - 4 / out.stats["n_audited"]}
+            out = out._replace(stats=missed)
+        return out, norm
+
+    missed_at: list[int] = []
+    selected_by: list[str] = []
+    monkeypatch.setattr(native, "topk_step", topk_step)
+    monkeypatch.setattr(native, "fastest_precision", lambda *, exact=False: "fp32" if exact else "int8")
+    return SimpleNamespace(missed_at=missed_at, selected_by=selected_by)
+
+
+def test_auto_falls_back_loudly_where_an_audit_finds_a_miss_and_a_resume_keeps_that(
+    store: Path, tmp_path: Path, native_kernels: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configured(store, tmp_path / "run", impl="native", log_every_steps=5, save_every_s=0.0)
+    native_kernels.missed_at[:] = [19, 20]  # an audit of a logged step alone
+
+    with monkeypatch.context() as patched:
+
+        def interrupted(*_: Any) -> None:
+            if len(native_kernels.selected_by) == 33:
+                raise RuntimeError("power cut")
+
+        patched.setattr(training.artifacts, "sha256_file", raising_before(training.artifacts.sha256_file, interrupted))
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(config)
+    assert native_kernels.selected_by == ["int8"] * 20 + ["fp32"] * 13
+    assert "step 20: int8 products missed 4 of 128 latents" in caplog.text
+    state = json.loads((tmp_path / "run" / "state" / "latest.json").read_text())
+    assert state["selection"] == {"precision": "fp32", "missed_at_step": 20}
+    train(config)
+    assert set(native_kernels.selected_by[33:]) == {"fp32"}
+    rows = rows_without_time(tmp_path / "run")
+    assert [row["step"] for row in rows if row["recall"] < 1] == [20]
+    provenance = json.loads((tmp_path / "run" / "autoencoder" / "config.json").read_text())["provenance"]
+    assert provenance["selection"] == {"precision": "fp32", "missed_at_step": 20}
+
+
+def test_a_precision_that_was_asked_for_is_kept_and_audited(store: Path, tmp_path: Path, native_kernels: Any) -> None:
+    native_kernels.missed_at[:] = [5]
+    config = configured(store, tmp_path / "run", impl="native", log_every_steps=5, precision="int8")
+    provenance = train(config).provenance
+    assert set(native_kernels.selected_by) == {"int8"}
+    assert provenance["selection"] == {"precision": "int8", "missed_at_step": None}
+    assert [row["recall"] < 1 for row in rows_without_time(tmp_path / "run")][:2] == [True, False]
+
+
+def raising_before(function: Any, check: Any) -> Any:
+    def checked(*arguments: Any) -> Any:
+        check(*arguments)
+        return function(*arguments)
+
+    return checked
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -74,7 +74,7 @@ def tiny_texts(n_documents: int, seed: int = 0) -> list[str]:
     return [f"{_sentences(rng, lexicon, weights)} Story {number}." for number in range(n_documents)]
 
 
-def tiny_run(out: Path, model: Path, corpus: Path, n_latents: int = 48) -> None:
+def tiny_run(out: Path, model: Path, corpus: Path, n_latents: int = 48, location: str = "resid_post_mlp") -> None:
     """A store of the subject in out/store, and TopK latents trained on it in `out`: a second or two."""
     from monosem.activations import harvest
     from monosem.config import HarvestConfig, TrainConfig
@@ -83,6 +83,7 @@ def tiny_run(out: Path, model: Path, corpus: Path, n_latents: int = 48) -> None:
     harvest(
         HarvestConfig(
             out=str(out / "store"), model=str(model), corpus=str(corpus), context_length=16, n_tokens=2000,
+            location=location,
             n_tokens_held_out=400, held_out_fraction=0.2, dtype="float32", block_contexts=8, device="cpu",
         )
     )  # fmt: skip

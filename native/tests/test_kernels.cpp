@@ -7,6 +7,7 @@
 #include <limits>
 #include <numeric>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "step.h"
@@ -54,13 +55,15 @@ Arrays random_weights(int64_t n, int64_t d) {
 /// Gradients in double, from the formulas: index lists by sorting, nothing shared with the kernels.
 struct Truth {
   std::vector<double> encoder, latent_bias, decoder, pre_bias;
+  std::vector<std::vector<double>> pre;  // [B][N] pre-activations
   double mse = 0;
 
   Truth(const Case& c, const Arrays& w, const std::vector<float>& x, const std::vector<char>& dead) {
     const size_t n = static_cast<size_t>(c.shape.n_latents), d = static_cast<size_t>(c.shape.d_model);
     const size_t batch = static_cast<size_t>(c.shape.batch);
     encoder.resize(n * d), decoder.resize(n * d), latent_bias.resize(n), pre_bias.resize(d);
-    std::vector<std::vector<double>> pre(batch, std::vector<double>(n)), error(batch, std::vector<double>(d));
+    pre.assign(batch, std::vector<double>(n));
+    std::vector<std::vector<double>> error(batch, std::vector<double>(d));
     for (size_t b = 0; b < batch; ++b)
       for (size_t i = 0; i < n; ++i) {
         pre[b][i] = w.latent_bias[i];
@@ -119,6 +122,35 @@ struct Truth {
   }
 };
 
+/// One case, its numbers, and what should come out: made once for all levels and precisions.
+struct Trial {
+  Case c, without_auxk;
+  Arrays w;
+  std::vector<float> x;
+  std::vector<char> dead;
+  Truth truth, truth_without_auxk;
+
+  explicit Trial(const Case& given)
+      : c(given), without_auxk(without(given)), w(random_weights(c.shape.n_latents, c.shape.d_model)), x(random_rows(c)),
+        dead(random_dead(c)), truth(c, w, x, dead), truth_without_auxk(without_auxk, w, x, dead) {}
+
+  static Case without(Case c) {
+    c.loss.auxk = 0;
+    return c;
+  }
+  static std::vector<float> random_rows(const Case& c) {
+    std::vector<float> x(static_cast<size_t>(c.shape.batch * c.shape.d_model));
+    fill(x, 1);
+    return x;
+  }
+  static std::vector<char> random_dead(const Case& c) {
+    std::vector<char> dead(static_cast<size_t>(c.shape.n_latents), 0);
+    std::fill_n(dead.begin(), c.n_dead, char{1});
+    std::shuffle(dead.begin(), dead.end(), generator);
+    return dead;
+  }
+};
+
 void expect_near(const char* what, const Case& c, const std::vector<float>& ours, const std::vector<double>& truth) {
   double error = 0, size = 0;
   for (size_t i = 0; i < ours.size(); ++i) {
@@ -129,19 +161,19 @@ void expect_near(const char* what, const Case& c, const std::vector<float>& ours
 }
 
 /// Without AuxK, the gradients of the step come out of its latents as well; slots of value 0 have indices from nowhere.
-void check_sparse_gradients(const Case& c, const Arrays& w, const std::vector<float>& x, std::vector<int64_t> index,
-                            const std::vector<float>& value, const std::vector<float>& recons) {
+void check_sparse_gradients(const Trial& trial, std::vector<int64_t> index, const std::vector<float>& value,
+                            const std::vector<float>& recons) {
+  const Case& c = trial.c;
+  const std::vector<float>& x = trial.x;
   for (size_t j = 0; j < index.size(); ++j)
     if (value[j] == 0) index[j] = int64_t{1} << 40;
   std::vector<float> d_recons(x.size());
   const double factor = 2 * c.loss.mse_scale / static_cast<double>(x.size());
   for (size_t j = 0; j < x.size(); ++j) d_recons[j] = static_cast<float>(factor * (double{recons[j]} - x[j]));
-  Arrays gradients(c.shape.n_latents, c.shape.d_model, NAN), weights = w;
+  Arrays gradients(c.shape.n_latents, c.shape.d_model, NAN), weights = trial.w;
   sparse_gradients(c.shape, weights.view(), x.data(), index.data(), value.data(), c.loss.k, d_recons.data(), 0,
                    gradients.view());
-  Case plain = c;
-  plain.loss.auxk = 0;
-  const Truth truth(plain, w, x, {});
+  const Truth& truth = trial.truth_without_auxk;
   expect_near("encoder gradient of given latents", c, gradients.encoder, truth.encoder);
   expect_near("latent_bias gradient of given latents", c, gradients.latent_bias, truth.latent_bias);
   expect_near("decoder gradient of given latents", c, gradients.decoder, truth.decoder);
@@ -149,21 +181,17 @@ void check_sparse_gradients(const Case& c, const Arrays& w, const std::vector<fl
 }
 
 /// Everything above the thresholds comes out, and nothing else, up to what fp32 cannot tell.
-void check_thresholds(const Case& c, const Arrays& w, const std::vector<float>& x, Precision precision, float low) {
+void check_thresholds(const Trial& trial, Precision precision, float low) {
+  const Case& c = trial.c;
   const auto [batch, d, n] = c.shape;
   std::vector<float> threshold(static_cast<size_t>(n));
   for (size_t i = 0; i < threshold.size(); ++i) threshold[i] = low + static_cast<float>(i % 5) - 1;
-  Arrays weights = w;
-  const auto found = threshold_encode(c.shape, weights.view(), x.data(), precision, threshold.data());
+  Arrays weights = trial.w;
+  const auto found = threshold_encode(c.shape, weights.view(), trial.x.data(), precision, threshold.data());
   if (!found) return;
   for (int64_t b = 0; b < batch; ++b) {
-    std::vector<double> missing(static_cast<size_t>(n));
-    for (int64_t i = 0; i < n; ++i) {
-      double pre = w.latent_bias[static_cast<size_t>(i)];
-      for (int64_t t = 0; t < d; ++t)
-        pre += (double{x[static_cast<size_t>(b * d + t)]} - w.pre_bias[static_cast<size_t>(t)]) * w.encoder[static_cast<size_t>(i * d + t)];
-      missing[static_cast<size_t>(i)] = pre - std::max(threshold[static_cast<size_t>(i)], 0.0f);
-    }
+    std::vector<double> missing = trial.truth.pre[static_cast<size_t>(b)];
+    for (size_t i = 0; i < missing.size(); ++i) missing[i] -= std::max(threshold[i], 0.0f);
     for (int64_t j = b * found->width; j < (b + 1) * found->width; ++j) {
       if (found->value[static_cast<size_t>(j)] == 0) continue;
       double& above = missing[static_cast<size_t>(found->index[static_cast<size_t>(j)])];
@@ -175,20 +203,20 @@ void check_thresholds(const Case& c, const Arrays& w, const std::vector<float>& 
   }
 }
 
-void check(const Case& c, Precision precision) {
+void check(const Trial& trial, Precision precision) {
+  const Case& c = trial.c;
   const auto [batch, d, n] = c.shape;
-  Arrays w = random_weights(n, d);
-  std::vector<float> x(static_cast<size_t>(batch * d));
-  fill(x, 1);
-  std::vector<char> dead(static_cast<size_t>(n), 0);
-  std::fill_n(dead.begin(), c.n_dead, char{1});
-  std::shuffle(dead.begin(), dead.end(), generator);
-  const bool* dead_flags = reinterpret_cast<const bool*>(dead.data());
+  Arrays w = trial.w;
+  const std::vector<float>& x = trial.x;
+  const bool* dead_flags = reinterpret_cast<const bool*>(trial.dead.data());
 
   Arrays gradients(n, d, NAN);
-  std::vector<int64_t> fired(static_cast<size_t>(n), -1);
-  const Terms terms = topk_gradients(c.shape, w.view(), x.data(), precision, c.loss, dead_flags, gradients.view(), fired.data());
-  const Truth truth(c, w, x, dead);
+  std::vector<int64_t> fired(static_cast<size_t>(n), -1), rows = {0, batch - 1};
+  const Audit audit{rows.data(), 2};
+  const Terms terms =
+      topk_gradients(c.shape, w.view(), x.data(), precision, c.loss, dead_flags, audit, gradients.view(), fired.data());
+  if (terms.stats.n_missed || (terms.n_active == batch * c.loss.k && terms.stats.n_audited != 2 * c.loss.k)) fail("audit", c);
+  const Truth& truth = trial.truth;
   if (!(std::abs(terms.mse - truth.mse) <= 1e-5 * truth.mse)) fail("mse", c);
   expect_near("encoder gradient", c, gradients.encoder, truth.encoder);
   expect_near("latent_bias gradient", c, gradients.latent_bias, truth.latent_bias);
@@ -199,17 +227,23 @@ void check(const Case& c, Precision precision) {
   Arrays first(n, d), second(n, d), average(n, d), w2 = w, first2 = first, second2 = second, average2 = average;
   const Update update{1, 1e-3, 0.9, std::numeric_limits<double>::infinity(), 0.9, 0.999, 6.25e-10};
   apply_update(c.shape, w.view(), gradients.view(), first.view(), second.view(), average.view(), update);
-  topk_step(c.shape, w2.view(), x.data(), precision, c.loss, dead_flags, fired.data(), first2.view(), second2.view(),
-            average2.view(), update);
+  topk_step(c.shape, w2.view(), x.data(), precision, c.loss, dead_flags, audit, fired.data(), first2.view(),
+            second2.view(), average2.view(), update);
   for (size_t p = 0; p < 4; ++p)
     if (*w.parts()[p] != *w2.parts()[p] || *average.parts()[p] != *average2.parts()[p]) fail("step", c);
 
-  std::vector<int64_t> index(static_cast<size_t>(batch * c.loss.k));
-  std::vector<float> value(index.size()), recons(x.size());
-  topk_encode(c.shape, w.view(), x.data(), precision, c.loss.k, index.data(), value.data());
-  decode(c.shape, w.view(), index.data(), value.data(), c.loss.k, recons.data());
-  check_sparse_gradients(c, w, x, index, value, recons);
-  for (const float low : {0.0f, 4.0f}) check_thresholds(c, w, x, precision, low);
+  // The product's precision changes no latent and no bit of a value.
+  Arrays original = trial.w;
+  std::vector<int64_t> index(static_cast<size_t>(batch * c.loss.k)), index_fp32 = index;
+  std::vector<float> value(index.size()), value_fp32 = value, recons(x.size());
+  const RowsStats stats = topk_encode(c.shape, original.view(), x.data(), precision, c.loss.k, {}, index.data(),
+                                      value.data());
+  topk_encode(c.shape, original.view(), x.data(), Precision::fp32, c.loss.k, {}, index_fp32.data(), value_fp32.data());
+  if (index != index_fp32 || value != value_fp32) fail("the precision: it", c);
+  if (stats.n_recalled * 10 < stats.n_chosen * 9) fail("the product: it alone", c);
+  decode(c.shape, original.view(), index.data(), value.data(), c.loss.k, recons.data());
+  check_sparse_gradients(trial, index, value, recons);
+  for (const float low : {0.0f, 4.0f}) check_thresholds(trial, precision, low);
 }
 
 /// Inputs that leave the ordinary path: rows that are not finite, and rows whose candidates all tie.
@@ -224,26 +258,37 @@ void check_strange_rows(Precision precision) {
   std::fill_n(dead.begin(), c.n_dead, char{1});
   std::vector<int64_t> fired(dead.size());
   const Terms terms = topk_gradients(c.shape, w.view(), x.data(), precision, c.loss,
-                                     reinterpret_cast<const bool*>(dead.data()), gradients.view(), fired.data());
+                                     reinterpret_cast<const bool*>(dead.data()), {}, gradients.view(), fired.data());
   if (!std::isnan(terms.mse) || !terms.auxk_dropped) fail("a loss of rows that are not finite", c);
   if (terms.stats.n_saturated == 0) fail("the count of saturated rows", c);
 }
 
 }  // namespace
 
-int main() {
+/// Prints the levels of this machine, then checks those that are named, or all.
+int main(int n_arguments, char** arguments) {
   const std::vector<Case> cases = {
       {{1, 1, 1}, {1, 1, 0, 0}, 0},          {{7, 3, 40}, {40, 0.7, 8, 0.1}, 40},    {{19, 13, 77}, {5, 0.7, 8, 0.1}, 20},
       {{50, 33, 333}, {10, 1, 500, 0.1}, 90}, {{130, 64, 1000}, {32, 1, 64, 0.1}, 300}, {{5, 257, 129}, {3, 1, 4, 0.1}, 2},
-      {{300, 17, 2100}, {9, 1, 30, 0.1}, 1000},
+      {{300, 17, 2100}, {9, 1, 30, 0.1}, 1000}, {{9, 801, 260}, {5, 1, 4, 0.1}, 10},  // several slices of int8
   };
+  const std::vector<Trial> trials(cases.begin(), cases.end());
+  std::vector<std::string> names(arguments + 1, arguments + n_arguments);
   for (const char* const* name = level_names(); *name; ++name) {
-    set_level(*name);
+    std::printf("%s%s", *name, name[1] ? " " : "\n");
+    if (n_arguments == 1) names.emplace_back(*name);
+  }
+  for (const std::string& name : names) {
+    if (!set_level(name.c_str())) {
+      std::fprintf(stderr, "there is no level %s here\n", name.c_str());
+      return 1;
+    }
     for (const Precision precision : {Precision::fp32, Precision::bf16, Precision::int8}) {
-      for (const Case& c : cases) check(c, precision);
+      const size_t n_trials = precision == Precision::fp32 || level().has_low ? trials.size() : 3;
+      for (size_t i = 0; i < n_trials; ++i) check(trials[i], precision);
       check_strange_rows(precision);
     }
-    std::printf("%s: ok\n", *name);
+    std::printf("%s: ok\n", name.c_str());
   }
   release_workspace();
 }

@@ -37,9 +37,10 @@ from torch import Tensor
 from monosem import artifacts, dtypes
 from monosem.artifacts import sha256_file
 from monosem.config import HarvestConfig, changed_fields, to_dict
+from monosem.corpora import corpus_hash, is_local
 from monosem.logs import progress
 from monosem.subject import Subject
-from monosem.tokens import Contexts, contexts, corpus_hash, is_local
+from monosem.tokens import Contexts, split_contexts
 from monosem.torch_state import pinned, pinned_methods
 from monosem.types import Site, resolve_device
 
@@ -279,7 +280,7 @@ def _harvest(configs: list[HarvestConfig]) -> None:
     sources = {"subject": subject.hash, "tokenizer": subject.tokenizer_hash, "corpus": corpus_hash(config.corpus)}
     for job, plan in zip(jobs, plans, strict=True):
         _go_on(job.out, plan, job.config, sources)
-    found = {split: _contexts(jobs[0], split) for split in SPLITS}  # both at first: too little text shows before work
+    found, text = _contexts(jobs[0])  # both splits at first: too little text shows before work
     compiled = _choose_compiled(jobs, plans, found["train"])
     jobs = [job._replace(compiled=compiled) for job in jobs]
     for job, plan in zip(jobs, plans, strict=True):
@@ -290,13 +291,18 @@ def _harvest(configs: list[HarvestConfig]) -> None:
             )
     splits = {split: _harvest_split(jobs, split, found[split]) for split in SPLITS}
     for i, job in enumerate(jobs):
-        _finish(job, sources, {split: splits[split][i] for split in SPLITS})
+        _finish(job, sources, text, {split: splits[split][i] for split in SPLITS})
     elapsed_s = time.perf_counter() - started
     for job in jobs:
         log.info("store %s is complete: activations of %s, after %.0f s", job.out, job.site, elapsed_s)
 
 
-def _finish(job: _Job, sources: dict[str, str], splits: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]) -> None:
+def _finish(
+    job: _Job,
+    sources: dict[str, str],
+    text: dict[str, Any],
+    splits: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]],
+) -> None:
     """Write what is of the whole store, the manifest last."""
     sidecars = {split: found for split, (_, found) in splits.items()}
     facts = {
@@ -306,6 +312,7 @@ def _finish(job: _Job, sources: dict[str, str], splits: dict[str, tuple[dict[str
         "dtype": job.store_dtype,
         "subject_dtype": job.subject_dtype,
         "compiled": job.compiled,
+        "text": text,
         "mean": _write_mean(job.out, sidecars["train"]),
         "norms": _norms([*sidecars["train"], *sidecars["held_out"]]),
         "splits": {split: entry for split, (entry, _) in splits.items()},
@@ -394,22 +401,22 @@ def _require_same(out: Path, made_by: dict[str, Any], config: HarvestConfig, sou
 
 def _local_corpus(config: HarvestConfig) -> dict[str, str]:
     """The corpus's hash where it is cheap to see whether it changed: a file of the user's that is still there."""
-    there = is_local(config.corpus) and Path(config.corpus).exists()
+    there = is_local(config.corpus) and Path(config.corpus).expanduser().exists()
     return {"corpus": corpus_hash(config.corpus)} if there else {}
 
 
-def _contexts(job: _Job, split: str) -> Contexts:
-    """The contexts of one split: whole blocks, with at least the rows that the config asks for."""
+def _contexts(job: _Job) -> tuple[dict[str, Contexts], dict[str, Any]]:
+    """The contexts of both splits: whole blocks, with at least the rows that the config asks for; facts of the text."""
     config = job.config
-    n_rows = config.n_tokens if split == "train" else config.n_tokens_held_out
-    return contexts(
+    n_rows = {"train": config.n_tokens, "held_out": config.n_tokens_held_out}
+    return split_contexts(
         config.corpus,
         job.subject.tokenizer,
         context_length=config.context_length,
-        n_contexts=-(-n_rows // job.block_rows) * config.block_contexts,
-        held_out=split == "held_out",
+        n_contexts={split: -(-n_rows[split] // job.block_rows) * config.block_contexts for split in SPLITS},
         held_out_fraction=config.held_out_fraction,
         seed=config.seed,
+        text_column=config.text_column,
     )
 
 

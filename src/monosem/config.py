@@ -41,9 +41,14 @@ class HarvestConfig:
     layers: tuple[int, ...] = ()
     """Instead of `layer`, several in one forward pass: a store each, in OUT/layer-L."""
     location: str = "resid_post_mlp"
-    """resid_post_mlp, resid_post_attn, resid_delta_mlp, resid_delta_attn, mlp_post_act, or a dotted module name."""
+    """resid_post_mlp, resid_post_attn, resid_delta_mlp, resid_delta_attn, mlp_post_act, attn_z, a module's dotted name
+    (its output), or NAME:input (what goes in)."""
     corpus: str = DEFAULT_CORPUS
-    """A named corpus, hf:DATASET[:CONFIG[:SPLIT]], or a local .txt, .jsonl, .parquet file or a folder of them."""
+    """A named corpus, hf:DATASET[:CONFIG[:SPLIT]], or a local .txt, .jsonl, .json, .csv, .tsv, .parquet or .arrow file
+    (packed too: .gz, .zst, .bz2, .xz), or a folder of them. --text-column says which column has the text."""
+    text_column: str | None = None
+    """Column with the text, chats (messages) or token ids; default: the first there is of text, messages,
+    conversations, prompt + completion, input_ids, tokens."""
     context_length: int = 64
     """Tokens a context (64 in the paper)."""
     n_tokens: int = 393_216
@@ -123,8 +128,8 @@ class TrainConfig:
     """Clip the gradient's norm over all parameters; default: no clipping."""
     precision: Precision = "auto"
     """Precision of the encoder product that selects latents; their values are always fp32. The native kernels select
-    the same latents at fp32 and bf16, auto is bf16 where the CPU has it, and int8 (native only, no proof but tested) is
-    the fastest; the torch kernels take auto as fp32."""
+    the same latents at fp32 and bf16, which is proven, and at int8 (native only), which every logged step audits. auto
+    is the fastest on this machine, as long as its audits find nothing; the torch kernels take it as fp32."""
     seed: int = 0
     """Of the initial weights."""
     data_seed: int = 0
@@ -340,9 +345,9 @@ class ExplainConfig:
     """For a subject that has moved since: --model PATH says where it lies now; its hash must be the same."""
     n_tokens: int = 1_048_576
     """Tokens to look at (fewer if the store has fewer)."""
-    n2g: int | Literal["all"] = 256
-    """Latents that get an N2G rule with its recall and precision, drawn among those that fire; more add to what is
-    there, and 0 makes none."""
+    n2g: int | Literal["all"] = 64
+    """Latents that get an N2G rule with its recall and precision, drawn among those that fire: a second or so each;
+    more add to what is there, and 0 makes none."""
     ablations: int | Literal["all"] = 32
     """Latents ablated at the peaks of their strongest examples; the first of those with rules. 0 for none."""
     tasks: str | None = None

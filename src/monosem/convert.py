@@ -4,9 +4,14 @@
     reconstruction.tally(autoencoder, blocks, clusters)
 
 `wrap` takes any module with `encode` and `decode`: those of SAELens and dictionary_learning (`encode(x)` gives every
-latent, `decode(z)` takes them) and of sparsify (`encode(x)` gives `top_acts` and `top_indices`, `decode` takes both).
+latent, `decode(z)` takes them), of sparsify (`encode(x)` gives `top_acts` and `top_indices`, `decode` takes both), and
+of the paper's own code (`encode(x)` gives the latents and the token's statistics, `decode` takes both).
 `expose` gives what SAEBench (`core`, `sparse_probing`) and sae-probes take. `save_sae_lens` and `load_sae_lens` write
-and read SAELens' files. Nothing of those libraries is imported.
+and read SAELens' files, `from_openai` reads the paper's state dict. Nothing of those libraries is imported.
+
+What a module says of itself is checked on random inputs, to the precision of its dtype: that its decoder is affine,
+which parameters are its encoder, and that its own forward gives what `decode` makes of `encode`. A setting that is not
+known is refused by its name.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -33,6 +38,7 @@ from monosem.types import SparseLatents, Weights
 
 _ROWS_AT_ONCE = 1024
 _TOLERANCE = 1e-3
+"""Of float32; a module of less precision is judged by four units in its last place."""
 _PUT_BACK = ("layer_norm", "constant_norm_rescale")
 """The normalisations of SAELens that its decode takes back, from what encode saw last."""
 
@@ -57,29 +63,110 @@ def wrap(
     """
     if not (callable(getattr(module, "encode", None)) and callable(getattr(module, "decode", None))):
         raise ValueError(f"{type(module).__name__} has no encode and decode; give an autoencoder that has both")
-    if (kind := getattr(getattr(module, "cfg", None), "normalize_activations", None)) in _PUT_BACK:
-        raise ValueError(
-            f"decode of {type(module).__name__} takes back its normalize_activations={kind}; save it with SAELens, and "
-            "load_sae_lens reads layer_norm"
-        )
-    probe = torch.zeros(1, d_model, **_place(module))
+    _check_settings(module, normalize)
+    name, form = type(module).__name__, module
     with torch.no_grad():
-        found = module.encode(probe)  # type: ignore[operator]
+        found = module.encode(torch.zeros(1, d_model, **_place(module)))  # type: ignore[operator]
         by_index = hasattr(found, "top_acts")
+        if not by_index and isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict | None):
+            form = _Paired(module, bool(found[1]))
+            found, normalize = found[0], (normalize or model.normalize) if found[1] else normalize
+            k = k or getattr(getattr(module, "activation", None), "k", None)
         if not by_index and not (isinstance(found, Tensor) and found.ndim == 2):
             raise ValueError(
-                f"encode of {type(module).__name__} gives {type(found).__name__}, neither latents [batch, n_latents] "
-                "nor top_acts with top_indices; wrap its encode in one that does"
+                f"encode of {name} gives {type(found).__name__}, neither latents [batch, n_latents], alone or with "
+                "statistics by name, nor top_acts with top_indices; wrap its encode in one that does"
             )
         n_latents = n_latents if by_index else found.shape[1]
         if n_latents is None:
-            raise ValueError(f"encode of {type(module).__name__} gives indices, not n_latents; give n_latents")
-        decoder, pre_bias = _affine_decoder(module, n_latents, by_index)
+            raise ValueError(f"encode of {name} gives indices, not n_latents; give n_latents")
+        decoder, pre_bias = _affine_decoder(form, n_latents, by_index)
     if decoder.shape[1] != d_model:
-        raise ValueError(f"decode of {type(module).__name__} gives width {decoder.shape[1]}, not d_model {d_model}")
-    encoder = _encoder(module, decoder, pre_bias)
+        raise ValueError(f"decode of {name} gives width {decoder.shape[1]}, not d_model {d_model}")
+    encoder = _encoder(form, decoder, pre_bias)
     config = AutoencoderConfig(d_model, n_latents, k or n_latents, "relu" if k is None else "topk")
-    return Wrapped(config, module, Weights(*encoder, decoder, pre_bias), normalize)
+    wrapped = Wrapped(config, form, Weights(*encoder, decoder, pre_bias), normalize)
+    _check_forward(module, wrapped, form is not module and normalize is not None)
+    return wrapped
+
+
+def _check_settings(module: nn.Module, normalize: Normalize | None) -> None:
+    """`ValueError` for what a module's settings do beside `encode` and `decode`, as far as they tell."""
+    cfg, name = getattr(module, "cfg", None), type(module).__name__
+    kind = getattr(cfg, "normalize_activations", None)
+    if kind in _PUT_BACK:
+        raise ValueError(
+            f"decode of {name} takes back its normalize_activations={kind}; save it with SAELens, and "
+            "load_sae_lens reads layer_norm"
+        )
+    if kind not in (None, "none") and normalize is None:
+        raise ValueError(f"{name} has normalize_activations={kind}; fold it into the weights, or give it as normalize")
+    for setting in ("transcode", "skip_connection", "finetuning_scaling_factor", "use_error_term"):
+        if getattr(cfg, setting, None) not in (None, False):
+            raise ValueError(f"{name} has {setting}={getattr(cfg, setting)}, so its reconstruction is not decode's")
+    if (shape := getattr(cfg, "reshape_activations", None)) not in (None, "none"):
+        raise ValueError(f"{name} has reshape_activations={shape}; it reads no rows of activations")
+
+
+class _Paired(nn.Module):
+    """A module whose `encode` gives the latents with what `decode` puts back, in the space that its encoder reads.
+
+    Its own normalisation, done again on what is normalised, is then the identity: with x = centred / (std + e) of
+    deviation s = std / (std + e), the token (e / (1 - s)) x has just the deviation std.
+    """
+
+    def __init__(self, module: nn.Module, normalizes: bool) -> None:
+        super().__init__()
+        self.module, self.normalizes = module, normalizes
+
+    def encode(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch n_latents"]:
+        if self.normalizes:
+            x = x * (model.NORM_EPSILON / (1 - x.float().std(-1, keepdim=True)).clamp_min(1e-8)).to(x.dtype)
+        return self.module.encode(x)[0]  # type: ignore[operator]
+
+    def decode(self, z: Float[Tensor, "batch n_latents"]) -> Float[Tensor, "batch d_model"]:
+        nothing = {"mu": z.new_zeros(len(z), 1), "std": z.new_ones(len(z), 1)} if self.normalizes else {}
+        return self.module.decode(z, nothing)  # type: ignore[operator]
+
+
+def _check_forward(module: nn.Module, wrapped: Wrapped, normalizes: bool) -> None:
+    """`ValueError` where the module's own reconstruction of random tokens is another than ours.
+
+    Its forward gives one alone, as `sae_out`, or among others; a module without forward is not asked.
+    """
+    name, x = type(module).__name__, _probe(wrapped.weights.pre_bias).to(**_place(module))
+    with torch.no_grad():
+        own, ours = _own_reconstructions(module, x), wrapped(x) if normalizes else wrapped.decode(wrapped.encode(x))
+        if wrapped.module is not module:
+            own.append(module.decode(*module.encode(x)))  # type: ignore[operator]
+    told, ours = [t.float() for t in own if t.shape == x.shape], ours.float()
+    if told and not any((t - ours).norm() <= _tolerance(module) * (t.norm() + ours.norm()) for t in told):
+        raise ValueError(
+            f"forward of {name} gives another reconstruction than its decode of its encode"
+            f"{', with the statistics of monosem.model.normalize' if normalizes else ''}; "
+            "wrap a module whose encode and decode do all that it does, and give its normalisation as normalize"
+        )
+
+
+def _own_reconstructions(module: nn.Module, x: Float[Tensor, "batch d_model"]) -> list[Tensor]:
+    """What the module's forward gives, in evaluation mode: a tensor, those of a tuple, or `sae_out`."""
+    training = module.training
+    try:
+        found = module.eval()(x)
+    except NotImplementedError:
+        return []
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"forward of {type(module).__name__} does not read rows of activations ({error})") from None
+    finally:
+        module.train(training)
+    several = found if isinstance(found, tuple | list) else ()
+    return [t for t in (found, getattr(found, "sae_out", None), *several) if isinstance(t, Tensor)]
+
+
+def _probe(centre: Float[Tensor, " d_model"]) -> Float[Tensor, "192 d_model"]:
+    """Tokens near to and far from `centre`."""
+    noise = torch.randn(64, len(centre), generator=torch.Generator().manual_seed(0)).to(centre)
+    return torch.cat([centre + scale * noise for scale in (0.1, 1.0, 10.0)])
 
 
 class Wrapped(Autoencoder):
@@ -308,26 +395,140 @@ def _is_sae_lens(path: Path) -> bool:
 def load_sae_lens(folder: str | Path) -> Wrapped:
     """The autoencoder in SAELens' files, for our evaluations; SAELens itself is not needed.
 
-    `ValueError` when there is none, or one of another architecture or input than the four and two known here.
+    `ValueError` when there is none, one of another architecture or input than the four and two known here, or one whose
+    settings or tensors are not all known.
     """
     folder = Path(folder)
     try:
         cfg = json.loads((folder / _SAE_LENS_CONFIG).read_text("utf-8"))
         tensors = {name: t.float() for name, t in load_file(folder / _SAE_LENS_WEIGHTS).items()}
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no autoencoder of SAELens ({error}); give a folder it saved one in") from None
-    for field, known in (
-        ("architecture", ("standard", "topk", "jumprelu", "gated")),
-        ("normalize_activations", tuple(_SAE_LENS_NORMALIZE)),
-        ("reshape_activations", ("none",)),
-    ):
-        if cfg.get(field) not in known:
+    if not isinstance(cfg, dict):
+        raise ValueError(f"{folder / _SAE_LENS_CONFIG} is no object; give a folder that SAELens saved one in")
+    cfg = _in_new_words(folder, cfg)
+    for field, known in _SAE_LENS_KNOWN.items():
+        if not any(cfg.get(field) == value and type(cfg.get(field)) is type(value) for value in known):
             raise ValueError(
-                f"{field} of {folder} is {cfg.get(field)!r}; known are {', '.join(known)}: load it with SAELens "
-                f"{SAE_LENS_FORMAT} or later, and wrap that"
+                f"{field} of {folder} is {cfg.get(field)!r}; known are {', '.join(map(str, known))}: load it with "
+                f"SAELens {SAE_LENS_FORMAT} or later, and wrap that"
             )
+    if unknown := sorted(cfg.keys() - _SAE_LENS_KNOWN.keys() - _SAE_LENS_SIZES - _SAE_LENS_HARMLESS):
+        raise ValueError(
+            f"{folder} has settings that are not known to leave the latents as they are: {', '.join(unknown)}; load it "
+            f"with SAELens {SAE_LENS_FORMAT} or later, and wrap that"
+        )
+    _check_sizes(folder, cfg, tensors)
     normalize = _SAE_LENS_NORMALIZE[cfg["normalize_activations"]]
     return wrap(_FromSaeLens(tensors, cfg), cfg["d_in"], k=cfg.get("k"), normalize=normalize)
+
+
+_SAE_LENS_KNOWN: dict[str, tuple[Any, ...]] = {
+    "architecture": ("standard", "topk", "jumprelu", "gated"),
+    "normalize_activations": tuple(_SAE_LENS_NORMALIZE),
+    "reshape_activations": ("none",),
+    "apply_b_dec_to_input": (True, False),
+    "finetuning_scaling_factor": (False, None),
+    "hook_head_index": (None,),
+    "rescale_acts_by_decoder_norm": (False, True),
+    "use_error_term": (False, None),
+}
+"""Settings that decide what the latents are, and their values that are read here."""
+_SAE_LENS_SIZES = {"d_in", "d_sae", "k"}
+_SAE_LENS_HARMLESS = {
+    "dtype", "device", "metadata", "model_name", "model_class_name", "model_from_pretrained_kwargs", "hook_name",
+    "hook_layer", "hook_point", "hook_point_layer", "prepend_bos", "context_size", "dataset_path",
+    "dataset_trust_remote_code", "exclude_special_tokens", "seqpos_slice", "neuronpedia_id", "sae_lens_version",
+    "sae_lens_training_version", "activation_fn_kwargs", "l1_coefficient", "lp_norm", "l1_warm_up_steps",
+    "use_ghost_grads", "mse_loss_normalization", "noise_scale", "normalize_sae_decoder",
+    "scale_sparsity_penalty_by_decoder_norm", "decoder_orthogonal_init", "decoder_init_norm",
+    "decoder_heuristic_init", "init_encoder_as_decoder_transpose", "b_dec_init_method", "aux_loss_coefficient",
+    "jumprelu_init_threshold", "jumprelu_bandwidth", "lr", "seed", "train_batch_size_tokens", "training_tokens",
+}  # fmt: skip
+"""Settings that say where the activations come from, or how it was trained."""
+_SAE_LENS_TENSORS = {"standard": ("b_enc",), "topk": ("b_enc",), "jumprelu": ("b_enc", "threshold")}
+_SAE_LENS_TENSORS["gated"] = ("b_gate", "b_mag", "r_mag")
+
+
+def _in_new_words(folder: Path, cfg: dict[str, Any]) -> dict[str, Any]:
+    """The settings as the present version has them: older ones name the activation function beside the architecture,
+    leave out what was not yet there, and take the shape from the hook's name. `ValueError` where the two do not agree.
+    """
+    hook = str(cfg.get("hook_name") or (cfg.get("metadata") or {}).get("hook_name") or "")
+    absent: dict[str, Any] = {
+        "normalize_activations": "none",
+        "reshape_activations": "hook_z" if hook.endswith("_z") else "none",
+    }
+    absent |= {"finetuning_scaling_factor": False, "hook_head_index": None, "use_error_term": False}
+    cfg = {**absent, "rescale_acts_by_decoder_norm": False, **cfg}
+    names = [cfg.pop(name) for name in ("activation_fn_str", "activation_fn") if name in cfg]
+    for name in names:
+        if name == "topk" and cfg.get("architecture") in ("standard", "topk"):
+            options = cfg.get("activation_fn_kwargs")
+            k = options.get("k", cfg.get("k")) if isinstance(options, dict) else cfg.get("k")
+            cfg |= {"architecture": "topk", "k": k}
+        elif name not in (None, "relu") or cfg.get("architecture") == "topk":
+            raise ValueError(
+                f"{folder} has activation function {name!r} and architecture {cfg.get('architecture')!r}; load it with "
+                f"SAELens {SAE_LENS_FORMAT} or later, and wrap that"
+            )
+    if unknown := sorted((cfg.get("activation_fn_kwargs") or {}).keys() - {"k"}):
+        raise ValueError(f"{folder} has activation_fn_kwargs that are not known: {', '.join(unknown)}")
+    return cfg
+
+
+def _check_sizes(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """`ValueError` unless sizes and tensors are those that the architecture has."""
+    d_in, d_sae = cfg.get("d_in"), cfg.get("d_sae")
+    sizes = {name: cfg.get(name) for name in ("d_in", "d_sae", *(("k",) if cfg["architecture"] == "topk" else ()))}
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1 or (name == "k" and size > int(sizes["d_sae"] or 0)):
+            raise ValueError(f"{name} of {folder} is {size!r}; it must be a whole number of at least 1, and k <= d_sae")
+    if cfg["architecture"] != "topk" and (cfg.get("k") is not None or cfg["rescale_acts_by_decoder_norm"]):
+        raise ValueError(f"{folder} has k or rescale_acts_by_decoder_norm, which {cfg['architecture']} does not use")
+    wanted = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    wanted |= dict.fromkeys(_SAE_LENS_TENSORS[cfg["architecture"]], (d_sae,))
+    if "scaling_factor" in tensors and bool((tensors["scaling_factor"] == 1).all()):
+        del tensors["scaling_factor"]
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != wanted:
+        raise ValueError(f"{folder} has the tensors {found}; its settings ask for {wanted}")
+    if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+        raise ValueError(f"{', '.join(broken)} of {folder} is not finite")
+
+
+@pinned
+def from_openai(state: Mapping[str, Any]) -> Autoencoder:
+    """The autoencoder in the state dict of the paper's own code (openai/sparse_autoencoder).
+
+    Its files are pickles, which are not read here: torch.load(file, weights_only=True) gives the dict. TopK normalises
+    its input as ours does, ReLU reads it raw. `ValueError` for another activation function, or what is not known.
+    """
+    state = dict(state)
+    activation, options = state.pop("activation", "ReLU"), dict(state.pop("activation_state_dict", {}))
+    if activation not in ("TopK", "ReLU") or options.pop("postact_fn", "ReLU") != "ReLU":
+        raise ValueError(f"activation is {activation!r}, with {options}; known are TopK with ReLU after it, and ReLU")
+    for name in ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"):  # of training
+        state.pop(name, None)
+    tied = state.pop("decoder.linear.weight", None)
+    if "decoder.weight" not in state and "encoder.weight" in state:
+        state["decoder.weight"] = state["encoder.weight"].T
+    names = {"encoder.weight", "latent_bias", "decoder.weight", "pre_bias"}
+    if state.keys() != names or (tied is not None and not torch.equal(tied, state["encoder.weight"])):
+        raise ValueError(f"the state dict has {', '.join(sorted(state))}; known are {', '.join(sorted(names))}")
+    n_latents, d_model = state["encoder.weight"].shape
+    given = {name: tensor.detach().float().contiguous() for name, tensor in state.items()}
+    decoder = given["decoder.weight"].T.contiguous()
+    weights = Weights(given["encoder.weight"], given["latent_bias"], decoder, given["pre_bias"])
+    if decoder.shape != (n_latents, d_model) or not all(bool(tensor.isfinite().all()) for tensor in weights):
+        raise ValueError("the state dict's tensors do not fit together, or are not finite")
+    k = options.pop("k", None)
+    if options or (activation == "TopK") != (k is not None):
+        raise ValueError(f"the state of {activation} has k = {k!r} and {', '.join(options) or 'nothing else'}")
+    if k is not None:
+        return Autoencoder(AutoencoderConfig(d_model, n_latents, int(k)), weights)
+    tensors = {"W_enc": weights.encoder.T, "b_enc": weights.latent_bias, "W_dec": decoder, "b_dec": weights.pre_bias}
+    return wrap(_FromSaeLens(tensors, {"architecture": "standard", "apply_b_dec_to_input": True}), d_model)
 
 
 class _FromSaeLens(nn.Module):
@@ -343,8 +544,7 @@ class _FromSaeLens(nn.Module):
     def __init__(self, tensors: dict[str, Tensor], cfg: dict[str, Any]) -> None:
         super().__init__()
         encoder, decoder = tensors["W_enc"], tensors["W_dec"]
-        bias, threshold = tensors.get("b_enc", tensors.get("b_mag")), tensors.get("threshold", torch.zeros(1))
-        assert bias is not None
+        bias, threshold = tensors["b_mag" if "b_mag" in tensors else "b_enc"], tensors.get("threshold", torch.zeros(1))
         if cfg["architecture"] == "gated":  # the gate opens where the magnitude is above this
             scale = tensors["r_mag"].exp()
             encoder, threshold = encoder * scale, bias - scale * tensors["b_gate"]
@@ -409,21 +609,36 @@ def _encoder(module: nn.Module, decoder: Tensor, pre_bias: Tensor) -> tuple[Tens
     Tried are the parameters that SAELens, dictionary_learning and sparsify have, on random inputs; NaN when none fits.
     """
     n_latents, d_model = decoder.shape
-    named = {name: p.detach().float() for name, p in module.named_parameters()}
+    named = _parameters(module)
     matrices = [*(named[n].T for n in ("W_enc",) if n in named), *(named[n] for n in ("encoder.weight",) if n in named)]
     zeros = decoder.new_zeros(n_latents)
-    biases = [zeros, *(named[n] for n in ("b_enc", "encoder.bias") if n in named)]
+    biases = [zeros, *(named[n] for n in ("b_enc", "encoder.bias", "latent_bias") if n in named)]
     offsets = [decoder.new_zeros(d_model), pre_bias]
-    noise = torch.randn(64, d_model, generator=torch.Generator().manual_seed(0)).to(pre_bias)
-    x = torch.cat([pre_bias + scale * noise for scale in (0.1, 1.0, 10.0)])
+    x = _probe(pre_bias).to(_place(module)["dtype"]).float()
+    if getattr(module, "normalizes", False):
+        x = model.normalize(x)[0]
     indices, values = _sparse(module, x, n_latents)
+    scale = values.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) + values
+    best, fitting = _tolerance(module), None
     for matrix, bias, offset in itertools.product(matrices, biases, offsets):
-        if (matrix.shape, bias.shape) != (decoder.shape, zeros.shape):
+        if (matrix.shape, bias.shape) != (decoder.shape, zeros.shape) or not bool((values > 0).any()):
             continue
         pre_acts = ((x - offset) @ matrix.T + bias).gather(1, indices.to(x.device)).where(values > 0, 0)
-        if bool((values > 0).any()) and torch.allclose(pre_acts, values, rtol=_TOLERANCE, atol=_TOLERANCE):
-            return matrix.contiguous(), bias + matrix @ (pre_bias - offset)
-    return torch.full_like(decoder, torch.nan), torch.full_like(zeros, torch.nan)
+        error = float(((pre_acts - values).abs() / scale).max())
+        if error <= best and (fitting is None or error < best):
+            best, fitting = error, (matrix.contiguous(), bias + matrix @ (pre_bias - offset))
+    return fitting or (torch.full_like(decoder, torch.nan), torch.full_like(zeros, torch.nan))
+
+
+def _parameters(module: nn.Module) -> dict[str, Tensor]:
+    """By the names that they have in the module that was given."""
+    own = module.module if isinstance(module, _Paired) else module
+    return {name: p.detach().float() for name, p in own.named_parameters()}
+
+
+def _tolerance(module: nn.Module) -> float:
+    """Relative: what the arithmetic of the module's dtype may be off by."""
+    return max(_TOLERANCE, 4 * torch.finfo(_place(module)["dtype"]).eps)
 
 
 def _affine_decoder(module: nn.Module, n_latents: int, by_index: bool) -> tuple[Tensor, Tensor]:
@@ -443,20 +658,35 @@ def _affine_decoder(module: nn.Module, n_latents: int, by_index: bool) -> tuple[
     pre_bias = decode(every[:1], torch.zeros(1, 1, **place))[0]
     decoder = torch.cat([decode(part, torch.ones(len(part), 1, **place)) for part in every.split(_ROWS_AT_ONCE)])
     decoder = (decoder - pre_bias).contiguous()
+    if place["dtype"] != torch.float32:
+        decoder, pre_bias = _exact_decoder(module, decoder, pre_bias)
+    limit = _tolerance(module)
     n_several = min(8, n_latents)
     some = every[:: max(1, n_latents // n_several)][:n_several].T.contiguous()
     values = torch.arange(1, some.shape[1] + 1, **place)[None]
     expected = torch_sparse.decode(
         SparseLatents(some, values.float(), n_latents), Weights(decoder, decoder[:, 0], decoder, pre_bias)
     )
-    if not torch.allclose(
-        decode(some, values), expected, rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.abs().max())
-    ):
+    if not torch.allclose(decode(some, values), expected, rtol=limit, atol=limit * float(expected.abs().max())):
         raise ValueError(
             f"decode of {type(module).__name__} is not a weighted sum of directions and a bias; turn off "
             "what it does besides, such as a normalisation that it takes back, and give it as normalize"
         )
     return decoder, pre_bias
+
+
+def _exact_decoder(module: nn.Module, decoder: Tensor, pre_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The parameters that decoder and pre_bias were read off, where there are such: reading them rounded."""
+    named, limit = _parameters(module), _tolerance(module)
+    matrices = [named[name].T if name == "decoder.weight" else named[name] for name in _DECODERS if name in named]
+    biases = [named[name] for name in _PRE_BIASES if name in named]
+    scale = float(decoder.abs().max() + pre_bias.abs().max())
+    for which, read in ((matrices, decoder), (biases, pre_bias)):
+        which[:] = [p for p in which if p.shape == read.shape and float((p - read).abs().max()) <= limit * scale]
+    return next(iter(matrices), decoder).contiguous(), next(iter(biases), pre_bias)
+
+
+_DECODERS, _PRE_BIASES = ("W_dec", "decoder.weight"), ("b_dec", "pre_bias", "bias", "decoder.bias")
 
 
 def _place(module: nn.Module) -> dict[str, Any]:

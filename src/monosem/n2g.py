@@ -21,9 +21,10 @@ Every text runs behind one prefix token (BOS), so that its first token does not 
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -32,16 +33,23 @@ from torch import Tensor
 
 from monosem.logs import progress
 from monosem.model import Autoencoder
-from monosem.subject import Subject
+from monosem.packing import Row, lay_out, pack
+from monosem.subject import Layout, Subject
 from monosem.torch_state import pinned, pinned_methods
 from monosem.types import FIRED_THRESHOLD, Site, SparseLatents
+
+log = logging.getLogger("monosem")
 
 ANY, START = -1, -2
 KEPT = 0.5
 """Share of the original activation that a pruned or padded text must keep, and the least saliency of a token."""
 
 _TOKENS_AT_ONCE = 4096  # of one forward pass
+_ROW_SIZE = 128  # of packed texts: attention's share of the time grows with it, what rows repeat shrinks
+_PACKED_TOLERANCE = 1e-3  # relative; rounding makes it some 1e-6
 
+T = TypeVar("T")
+Text = tuple[int, ...]
 Pattern = tuple[int, ...]
 Rule = dict[Pattern, float]
 Stream = Iterable[tuple[Int[Tensor, "batch ctx"], Float[Tensor, "batch ctx m"]]]
@@ -66,6 +74,9 @@ class LatentReader:
     A latent's activation is the released autoencoder's, so it is 0 wherever the latent is not among the k largest.
     """
 
+    packs = False
+    """Whether texts share rows (`packing`): in fp32 alone, as in bf16 other batches give other activations."""
+
     def __init__(self, subject: Subject, autoencoder: Autoencoder, site: Site) -> None:
         if not subject.has_logits:
             raise ValueError(f"{subject.name} is an encoder: its activations also depend on the text after a token")
@@ -76,6 +87,8 @@ class LatentReader:
         self.longest_text = subject.max_context - 2
         """Tokens of a text that fit behind the prefix token and the padding token."""
         self.padding_token = padding_token(subject.tokenizer)
+        self.packs = subject.dtype == torch.float32
+        self._packs_up_to = 0  # tokens of a text, as far as that is known
 
     @pinned_methods
     @torch.no_grad()
@@ -83,7 +96,10 @@ class LatentReader:
         """The latents of every token, in reading order, or of the last token of each text only."""
         prefix = tokens.new_full((len(tokens), 1), self.subject.prefix_token)
         raw = self.subject.capture(torch.cat([prefix, tokens], dim=1), self.site)[:, -1 if last else 1 :]
-        x, _ = self.autoencoder.normalize(raw.flatten(0, 1))
+        return self._encode(raw.flatten(0, 1))
+
+    def _encode(self, raw: Float[Tensor, "n width"]) -> SparseLatents:
+        x, _ = self.autoencoder.normalize(raw)
         return self.autoencoder.encode(x)
 
     def stream(self, tokens: Int[Tensor, "n_contexts ctx"], latents: Int[Tensor, " m"]) -> Stream:
@@ -95,26 +111,73 @@ class LatentReader:
         for batch in progress(batches, "read latents", "tok", total=len(batches) * each, each=each):
             yield batch, columns(self.read(batch), latents).unflatten(0, batch.shape)
 
+    @pinned_methods
     def at_last(self, texts: Sequence[tuple[int, ...]], latents: Sequence[int]) -> list[float]:
         """The activation of `latents[i]` at the last token of `texts[i]`.
 
-        A text that occurs several times runs once; texts of equal length run together, without padding.
+        A text that occurs several times runs once, and so do the beginnings of texts where the reader packs; else
+        texts of equal length run together, without padding.
         """
         wanted: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for request, text in enumerate(texts):
             wanted[text].append(request)
+        longest = max(map(len, wanted), default=0)
+        self._check_length(longest - 1)  # one of them may be the padding token
         found = [0.0] * len(texts)
-        for length, group in itertools.groupby(sorted(wanted, key=len), key=len):
-            self._check_length(length - 1)  # one of them may be the padding token
-            for batch in _batches(list(group), max(1, _TOKENS_AT_ONCE // (length + 1))):
-                read = self.read(torch.tensor(batch), last=True)
-                pairs = [(row, request) for row, text in enumerate(batch) for request in wanted[text]]
-                rows = torch.tensor([row for row, _ in pairs])
-                asked = torch.tensor([latents[request] for _, request in pairs])[:, None]
-                indices, values = read.indices.cpu()[rows], read.values.cpu()[rows]
-                for (_, request), value in zip(pairs, (values * (indices == asked)).sum(1).tolist(), strict=True):
-                    found[request] = value
+        for batch, read in self._packed(wanted) if self._may_pack(longest) else self._by_length(wanted):
+            pairs = [(row, request) for row, text in enumerate(batch) for request in wanted[text]]
+            rows = torch.tensor([row for row, _ in pairs])
+            asked = torch.tensor([latents[request] for _, request in pairs])[:, None]
+            indices, values = read.indices.cpu()[rows], read.values.cpu()[rows]
+            for (_, request), value in zip(pairs, (values * (indices == asked)).sum(1).tolist(), strict=True):
+                found[request] = value
         return found
+
+    def _by_length(self, texts: Iterable[Text]) -> Iterator[tuple[list[Text], SparseLatents]]:
+        """Batches of texts of equal length, and the latents of their last tokens."""
+        for length, group in itertools.groupby(sorted(texts, key=len), key=len):
+            for batch in _batches(list(group), max(1, _TOKENS_AT_ONCE // (length + 1))):
+                yield batch, self.read(torch.tensor(batch), last=True)
+
+    @torch.no_grad()
+    def _packed(self, texts: Iterable[Text]) -> Iterator[tuple[list[Text], SparseLatents]]:
+        """Batches of texts in rows in which common beginnings are there once, and the latents of their last tokens."""
+        rows = list(pack(texts, prefix=self.subject.prefix_token, size=_ROW_SIZE))
+        size = max((len(row.tokens) for row in rows), default=1)
+        for batch in _batches(rows, max(1, _TOKENS_AT_ONCE // size)):
+            yield [text for row in batch for text, _ in row.ends], self._encode(self._capture_packed(batch))
+
+    def _capture_packed(self, rows: list[Row]) -> Float[Tensor, "n width"]:
+        tokens, positions, sees = lay_out(rows)
+        raw = self.subject.capture(tokens, self.site, layout=Layout(positions, sees))
+        ends = [(r, node) for r, row in enumerate(rows) for _, node in row.ends]
+        row, node = torch.tensor(ends).T
+        return raw[row, node]
+
+    def _may_pack(self, longest: int) -> bool:
+        """Whether texts of that length, packed, read as they do alone; found out where it is not known yet."""
+        if self.packs and longest > self._packs_up_to:
+            self._packs_up_to = min(max(64, 2 * longest), self.subject.max_context - 1)
+            self.packs = self._packs_well(self._packs_up_to)
+        return self.packs
+
+    @torch.no_grad()
+    def _packs_well(self, length: int) -> bool:
+        """Whether the subject's attention takes a layout, for texts of this length; else the log says so."""
+        text = tuple(7919 * i % self.subject.vocab_size for i in range(length))
+        texts = sorted([text, text[: length // 2], _with(text, length // 2, self.padding_token)])
+        try:
+            (row,) = pack(texts, prefix=self.subject.prefix_token, size=4 * length)
+            packed = self._capture_packed([row])
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            log.info("%s takes no packed texts (%s); they run apart", self.subject.name, type(error).__name__)
+            return False
+        alone = [torch.tensor([[self.subject.prefix_token, *text]]) for text in texts]
+        plain = torch.stack([self.subject.capture(tokens, self.site)[0, -1] for tokens in alone])
+        off = ((packed - plain).norm(dim=1) / plain.norm(dim=1)).max().item()
+        if not off <= _PACKED_TOLERANCE:
+            log.info("%s reads packed texts with an error of %.2g; they run apart", self.subject.name, off)
+        return off <= _PACKED_TOLERANCE
 
     def _check_length(self, context_length: int) -> None:
         if context_length > self.longest_text:
@@ -124,8 +187,8 @@ class LatentReader:
             )
 
 
-def _batches(texts: list[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
-    return (texts[start : start + size] for start in range(0, len(texts), size))
+def _batches(items: list[T], size: int) -> Iterator[list[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def padding_token(tokenizer: Any) -> int:
@@ -248,11 +311,12 @@ def _texts(examples: Examples) -> Iterator[_Text]:
 def _prune(reader: LatentReader, texts: list[_Text]) -> list[_Text]:
     """Each text's shortest suffix that keeps half its activation (itself, where rounding lets none).
 
-    Suffixes are tried in rounds of growing length, so that the many latents that need a word or two are done early.
+    Suffixes are tried in rounds of growing length, so that the many latents that need a word or two are done early:
+    one length a round where texts are packed, as then small rounds cost little.
     """
     found: dict[int, _Text] = {}
     longest = max((len(text.tokens) for text in texts), default=0)
-    below, up_to = 0, 2
+    below, up_to = 0, 1 if reader.packs else 2
     while below < longest:
         asked = [
             (i, text.tokens[-length:])
@@ -264,7 +328,7 @@ def _prune(reader: LatentReader, texts: list[_Text]) -> list[_Text]:
         for (i, suffix), value in zip(asked, values, strict=True):
             if i not in found and value >= KEPT * texts[i].original:
                 found[i] = texts[i]._replace(tokens=suffix, activation=value)
-        below, up_to = up_to, 2 * up_to
+        below, up_to = up_to, up_to + 1 if reader.packs else 2 * up_to
     return [found.get(i, text) for i, text in enumerate(texts)]
 
 

@@ -77,11 +77,12 @@ class Recipe:
     clip_norm: float | None
     precision: str
 
-    def loss_spec(self, step: int) -> LossSpec:
-        """What step `step` (from 1) differentiates."""
+    def loss_spec(self, step: int, audit: tuple[int, ...] = ()) -> LossSpec:
+        """What step `step` (from 1) differentiates. `audit`: see `LossSpec.audit`."""
         sparsity_coef = self.sparsity_coef * _ramp(step, self.sparsity_warmup_steps)
         auxk = self.auxk, self.auxk_coef
-        return LossSpec(self.k, self.mse_scale, *auxk, sparsity_coef, self.precision, self.activation_options)
+        options = self.activation_options
+        return LossSpec(self.k, self.mse_scale, *auxk, sparsity_coef, self.precision, options, audit)
 
     def update_spec(self, step: int) -> UpdateSpec:
         """How step `step` (from 1) is applied."""
@@ -149,10 +150,14 @@ class TrainState:
 
 
 def gradients(
-    state: TrainState, x: Float[Tensor, "batch d_model"], recipe: Recipe, kernel: ModuleType
+    state: TrainState,
+    x: Float[Tensor, "batch d_model"],
+    recipe: Recipe,
+    kernel: ModuleType,
+    audit: tuple[int, ...] = (),
 ) -> StepGradients:
-    """The first half: what the next step's loss says, changing nothing."""
-    spec, dead = recipe.loss_spec(state.step + 1), state.dead(recipe.dead_tokens_threshold)
+    """The first half: what the next step's loss says, changing nothing. `audit`: see `LossSpec.audit`."""
+    spec, dead = recipe.loss_spec(state.step + 1, audit), state.dead(recipe.dead_tokens_threshold)
     return variants.gradients(recipe.activation, x, state.weights, state.extras.values, spec, dead, kernel)
 
 
@@ -171,7 +176,11 @@ def apply(
 
 
 def advance(
-    state: TrainState, x: Float[Tensor, "batch d_model"], recipe: Recipe, kernel: ModuleType
+    state: TrainState,
+    x: Float[Tensor, "batch d_model"],
+    recipe: Recipe,
+    kernel: ModuleType,
+    audit: tuple[int, ...] = (),
 ) -> tuple[StepGradients, Float[Tensor, ""]]:
     """Both halves on one machine: the step (its gradients are used up) and the gradient's norm.
 
@@ -179,9 +188,9 @@ def advance(
     """
     fused = getattr(kernel, "topk_step", None)
     if fused is None or recipe.activation != "topk" or recipe.clip_norm is not None:
-        out = gradients(state, x, recipe, kernel)
+        out = gradients(state, x, recipe, kernel, audit)
         return out, apply(state, out, recipe, kernel, len(x))
-    spec, update = recipe.loss_spec(state.step + 1), recipe.update_spec(state.step + 1)
+    spec, update = recipe.loss_spec(state.step + 1, audit), recipe.update_spec(state.step + 1)
     out, norm = fused(x, state.weights, spec, state.dead(recipe.dead_tokens_threshold), state.optimizer, update)
     _count(state, out, len(x))
     return out, norm

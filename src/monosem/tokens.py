@@ -1,24 +1,15 @@
 """Documents -> contexts of fixed length in which every token remembers its document and its position there.
 
-A document is a stripped text; its name is the hash of that text, so a text that occurs twice is one document.
-The same hash decides whether a document is held out: neither the seed nor the order of files can move a
-document from one side to the other.
+A document's name is a hash of what it says (`corpora`). The same hash decides whether a document is held out: neither
+the seed nor the order of files can move a document from one side to the other.
 """
 
 from __future__ import annotations
 
-import ast
-import csv
-import hashlib
-import io
-import itertools
+import heapq
 import json
 import logging
-import os
-import sysconfig
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,46 +17,18 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from monosem import resources
-from monosem.artifacts import sha256_file
+from monosem.corpora import CUT, FEW_DOCUMENTS, FINE_CUT, Document, Reader, is_stream, seeded_hash
+from monosem.textfiles import tidied
 
 log = logging.getLogger("monosem")
-
-SAE_PROBES_TEXT = "sae-probes-text"
-PYTHON_DOCSTRINGS = "python-docstrings"
-
-SAE_PROBES_STEMS = (
-    # The sets of long documents, each text once (labels are never read). Left out: names, headlines, sentences and
-    # snippets too short for a context of 64 tokens (they stay for probing), and sets that only repeat these texts
-    # (112, 142-147, 161-163; C and HTML code would outweigh the prose).
-    "45_context_ans",  # stories and blog posts, each with a question about it
-    "48_cm_correct",  # first-person stories of everyday conflicts
-    "49_cm_isshort",  # more of them
-    "94_ai_gen",  # student essays, written by people and by models
-    "98_cancer_cat",  # biomedical papers
-    "100_news_fake",  # news articles and opinion pieces
-    "101_disease_class",  # medical abstracts
-    "103_it_tick",  # tickets of an IT help desk
-    "111_yelp_data",  # reviews of places
-    "157_amazon_5star",  # reviews of products
-    "159_code_Python",  # source code: Python, with some C and HTML
-)
-
-_STORIES_STEM = "45_context_ans"
-"""Each of its 560 stories comes about seven times, with another question at the end. Only the first is read: otherwise
-the same story would be on both sides of the split."""
-_STORY_CHARS = 200
-"""Texts of that set which begin with the same characters, this many, tell the same story."""
-
-SUFFIXES = (".txt", ".jsonl", ".parquet", ".csv", ".csv.zst")
 
 SEPARATOR_POSITION = -1
 """Position, within its document, of the separator token that follows the document."""
 
-_MIN_DOCSTRING_CHARS = 200
-_SHUFFLE_BUFFER = 10_000
-_TOKENIZE_BATCH = 256
-_CHUNK_BYTES = 1 << 18
+_TOKENIZE_BATCH, _TOKENIZE_CHARS = 256, 1 << 19
+"""Documents, and characters, that are tokenized at once: a tokenizer takes 100 to 250 bytes a character."""
+_CHARS_PER_TOKEN = 8
+"""More than most texts have: so many characters are kept for each token wanted, and more where they were too few."""
 
 
 class Contexts(NamedTuple):
@@ -89,65 +52,95 @@ def contexts(
     held_out: bool,
     held_out_fraction: float,
     seed: int,
+    text_column: str | None = None,
 ) -> Contexts:
-    """The first `n_contexts` contexts of one split of the corpus (int32).
+    """`split_contexts` of one side."""
+    side = "held_out" if held_out else "train"
+    found, _ = split_contexts(
+        corpus,
+        tokenizer,
+        context_length=context_length,
+        n_contexts={side: n_contexts},
+        held_out_fraction=held_out_fraction,
+        seed=seed,
+        text_column=text_column,
+    )
+    return found[side]
 
-    Successive documents are joined by one separator token (the tokenizer's eos, else bos, else sep), with no other
-    special token, and cut every `context_length` tokens. `ValueError` when the split has fewer tokens than that takes.
+
+def split_contexts(
+    corpus: str,
+    tokenizer: Any,
+    *,
+    context_length: int,
+    n_contexts: Mapping[str, int],
+    held_out_fraction: float,
+    seed: int,
+    text_column: str | None = None,
+) -> tuple[dict[str, Contexts], dict[str, Any]]:
+    """The first `n_contexts` contexts of "train" and "held_out" (int32), and what a manifest says of the text.
+
+    Successive documents, in the order of `ordered_documents`, are joined by one separator token (the tokenizer's eos,
+    else bos, else sep), with no other special token but those of a chat's template, and cut every `context_length`
+    tokens. No more of the corpus is in memory than that takes. `ValueError` when a split has fewer tokens.
     """
-    wanted = n_contexts * context_length
-    separator = separator_token(tokenizer)
-    split = (d for d in ordered_documents(corpus, seed) if is_held_out(document_hash(d), held_out_fraction) == held_out)
-    pieces: list[np.ndarray] = []
-    hashes: list[str] = []
-    n_tokens = 0
-    for batch in _batched(split):
-        for document, ids in zip(batch, token_ids(tokenizer, batch), strict=True):
-            pieces.append(_addressed(ids, len(hashes), separator))
-            hashes.append(document_hash(document))
-            n_tokens += len(ids) + 1
-            if n_tokens >= wanted:
+    reader = Reader(corpus, text_column)
+    wanted = {side: n * context_length for side, n in n_contexts.items()}
+    n_documents, budget, cut = None, _CHARS_PER_TOKEN, CUT
+    if is_stream(corpus):
+        sides = {side: _Side(tokenizer, reader, n) for side, n in wanted.items()}
+        for name, document in _distinct(reader.documents(seed, cut)):
+            if (own := _side_of(name, held_out_fraction)) in sides:
+                sides[own].add(name, document)
+            if all(packing.is_full for packing in sides.values()):
                 break
-        if n_tokens >= wanted:
+        for packing in sides.values():
+            packing.flush()
+    while not is_stream(corpus):
+        kept = {side: _Kept(budget * n) for side, n in wanted.items()}
+        n_documents, longest = _sort(reader, kept, seed, cut, held_out_fraction)
+        if cut > FINE_CUT and n_documents < FEW_DOCUMENTS and longest > FINE_CUT:
+            cut = FINE_CUT
+            continue
+        sides = {side: kept[side].packed(tokenizer, reader, n) for side, n in wanted.items()}
+        if all(sides[side].is_full or kept[side].is_all for side in wanted):
             break
-    if n_tokens < wanted:
-        name, remedy = (
-            ("held-out", "held_out_fraction up or n_tokens_held_out") if held_out else ("training", "n_tokens")
-        )
-        raise ValueError(
-            f"corpus {corpus} has {n_tokens:,} {name} tokens, but {n_contexts:,} contexts of {context_length} need "
-            f"{wanted:,}; give a larger corpus or turn {remedy} down"
-        )
-    packed = np.concatenate(pieces, axis=1)[:, :wanted].reshape(3, n_contexts, context_length)
-    tokens, documents_, positions = (torch.from_numpy(np.ascontiguousarray(a)) for a in packed)
-    return Contexts(tokens, documents_, positions, hashes)
+        budget *= 4
+    found = {}
+    for side, n in n_contexts.items():
+        if not sides[side].is_full:
+            raise _too_small(reader, side, sides[side], n, context_length, n_documents)
+        found[side] = sides[side].contexts(n, context_length)
+    return found, {**reader.facts(), "cut_characters": cut}
 
 
-def documents(corpus: str) -> Iterator[str]:
-    """Every document of the corpus once, stripped, none empty, in the order it is stored.
+def documents(corpus: str, text_column: str | None = None) -> Iterator[str]:
+    """What every document of the corpus says (`corpora.Document.content`), each once, uncut, in the order it is stored.
 
-    `corpus` is `sae-probes-text`, `python-docstrings`, `hf:NAME[:CONFIG[:SPLIT]]`, or a local .txt (one document),
-    .jsonl, .parquet, .csv, .csv.zst (column `text`), or a folder of them. `ValueError` when it cannot be read.
+    `corpus` is `sae-probes-text`, `python-docstrings`, `hf:NAME[:CONFIG[:SPLIT]]`, or a local file of
+    `corpora.SUFFIXES`, perhaps packed, or a folder of them. `ValueError` when it cannot be read.
     """
-    return _distinct(_read(corpus, seed=0))
+    return (document.content for _, document in _distinct(Reader(corpus, text_column).documents(seed=0)))
 
 
 def ordered_documents(corpus: str, seed: int) -> Iterator[str]:
-    """`documents` in an order drawn from the seed, so that any prefix is a mixture of the whole.
+    """All documents as `split_contexts` takes them, in an order drawn from the seed: any prefix is a mixture of the
+    whole. It keeps them all in memory, and is what that function is tested against.
 
-    Files are read whole and sorted by hash(seed, document). A stream (the hub, the docstrings) keeps its own order
-    but for a bounded shuffle, because it may be too long to be read to its end.
+    Files are sorted by hash(seed, document). A stream (the hub, the docstrings) keeps its own order but for a bounded
+    shuffle, because it may be too long to be read to its end.
     """
-    found = _distinct(_read(corpus, seed))
-    if _is_stream(corpus):
-        yield from found
-    else:
-        yield from sorted(found, key=lambda document: _seeded_hash(seed, document_hash(document)))
+    found = list(_distinct(Reader(corpus).documents(seed, CUT)))
+    if not is_stream(corpus):
+        if len(found) < FEW_DOCUMENTS:
+            found = list(_distinct(Reader(corpus).documents(seed, FINE_CUT)))
+        found.sort(key=lambda named: seeded_hash(seed, named[0]))
+    return (document.content for _, document in found)
 
 
 def document_hash(document: str) -> str:
-    """The document's name: the first 128 bits of its sha256, in hex."""
-    return hashlib.sha256(document.encode()).hexdigest()[:32]
+    """The name of the document that is this text."""
+    return Document(document).name
 
 
 def is_held_out(document: str, held_out_fraction: float) -> bool:
@@ -163,25 +156,116 @@ def separator_token(tokenizer: Any) -> int:
     raise ValueError("the tokenizer has no eos, bos or sep token to separate documents; set its eos_token")
 
 
-def corpus_hash(corpus: str) -> str:
-    """What identifies the corpus in a manifest: a hash of its files, or the commit of a hub dataset."""
-    if corpus.startswith("hf:"):
-        name, config, split = _hub_parts(corpus)
-        return _sha256_lines([name, str(config), split, _hub_commit(name)])
-    if corpus == PYTHON_DOCSTRINGS:
-        return _sha256_lines([f"{name} {path.stat().st_size}" for name, path in sorted(_python_sources())])
-    paths = _sae_probes_files() if corpus == SAE_PROBES_TEXT else _corpus_files(Path(corpus))
-    rule = [f"one text a story of {_STORIES_STEM}"] if corpus == SAE_PROBES_TEXT else []
-    return _sha256_lines([*rule, *(f"{path.name} {sha256_file(path)}" for path in paths)])
+def token_ids(tokenizer: Any, batch: Iterable[str], *, control: bool = False) -> list[list[int]]:
+    """The tokens of each text, without special ones; with `control` those that are written out are read as such."""
+    # Otherwise "<|endoftext|>" written in a document is text, not a control token.
+    # verbose=False: documents longer than the subject's window are expected here, they are cut afterwards.
+    return tokenizer(
+        list(batch),
+        add_special_tokens=False,
+        split_special_tokens=not control,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
 
 
-def is_local(corpus: str) -> bool:
-    """Whether the corpus is a file or folder of the user's, which may change under its name."""
-    return not _is_stream(corpus) and corpus != SAE_PROBES_TEXT
+class _Side:
+    """The tokens of one side of the split, until there are as many as wanted."""
+
+    def __init__(self, tokenizer: Any, reader: Reader, wanted: int) -> None:
+        self.tokenizer, self.reader, self.wanted = tokenizer, reader, wanted
+        self.separator = separator_token(tokenizer)
+        self.pieces: list[np.ndarray] = []
+        self.hashes: list[str] = []
+        self.n_tokens = 0
+        self._batch: list[tuple[str, Document]] = []
+        self._chars = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self.n_tokens >= self.wanted
+
+    def add(self, name: str, document: Document) -> None:
+        """Take a document, unless there are enough; those of a batch are tokenized together."""
+        if not self.is_full:
+            self._batch.append((name, document))
+            self._chars += len(document.content)
+            enough = min(_TOKENIZE_CHARS, _CHARS_PER_TOKEN * (self.wanted - self.n_tokens))
+            if len(self._batch) == _TOKENIZE_BATCH or self._chars >= enough:
+                self.flush()
+
+    def flush(self) -> None:
+        """Tokenize what waits."""
+        batch, self._batch, self._chars = self._batch, [], 0
+        for (name, _), ids in zip(batch, _tokens_of(self.tokenizer, self.reader, [d for _, d in batch]), strict=True):
+            if ids is not None and not self.is_full:
+                self.pieces.append(_addressed(ids, len(self.hashes), self.separator))
+                self.hashes.append(name)
+                self.n_tokens += len(ids) + 1
+
+    def contexts(self, n_contexts: int, context_length: int) -> Contexts:
+        packed = np.concatenate(self.pieces, axis=1)[:, : self.wanted].reshape(3, n_contexts, context_length)
+        tokens, documents_, positions = (torch.from_numpy(np.ascontiguousarray(a)) for a in packed)
+        return Contexts(tokens, documents_, positions, self.hashes)
 
 
-def _is_stream(corpus: str) -> bool:
-    return corpus.startswith("hf:") or corpus == PYTHON_DOCSTRINGS
+class _Kept:
+    """The documents of one side that come first in the order, as many as `budget` characters hold."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.is_all = True
+        self._heap: list[tuple[int, str, Document]] = []  # the last of the order is first here
+        self._names: set[str] = set()
+        self._chars = 0
+
+    def offer(self, name: str, document: Document, seed: int) -> None:
+        """Keep the document, if it is among the first and not there already; let go of what is no longer."""
+        order = -int.from_bytes(seeded_hash(seed, name))
+        if name in self._names or (not self.is_all and order < self._heap[0][0]):
+            return
+        heapq.heappush(self._heap, (order, name, document))
+        self._names.add(name)
+        self._chars += len(document.content)
+        while self._chars - len(self._heap[0][2].content) >= self.budget:
+            _, dropped, last = heapq.heappop(self._heap)
+            self._names.remove(dropped)
+            self._chars -= len(last.content)
+            self.is_all = False
+
+    def packed(self, tokenizer: Any, reader: Reader, wanted: int) -> _Side:
+        side = _Side(tokenizer, reader, wanted)
+        for _, name, document in sorted(self._heap, reverse=True):
+            side.add(name, document)
+        side.flush()
+        return side
+
+
+def _sort(reader: Reader, kept: dict[str, _Kept], seed: int, cut: int, held_out_fraction: float) -> tuple[int, int]:
+    """Offer every document to its side; returns how many different ones there are (few are counted) and the longest."""
+    names: set[str] = set()
+    longest = 0
+    for document in reader.documents(seed, cut):
+        name = document.name
+        if len(names) < FEW_DOCUMENTS:
+            names.add(name)
+        longest = max(longest, len(document.content))
+        if (side := _side_of(name, held_out_fraction)) in kept:
+            kept[side].offer(name, document, seed)
+    return len(names), longest
+
+
+def _side_of(name: str, held_out_fraction: float) -> str:
+    return "held_out" if is_held_out(name, held_out_fraction) else "train"
+
+
+def _distinct(found: Iterable[Document]) -> Iterator[tuple[str, Document]]:
+    seen: set[str] = set()
+    for document in found:
+        if (name := document.name) not in seen:
+            seen.add(name)
+            yield name, document
 
 
 def _addressed(ids: list[int], document: int, separator: int) -> np.ndarray:
@@ -193,305 +277,55 @@ def _addressed(ids: list[int], document: int, separator: int) -> np.ndarray:
     return rows
 
 
-def token_ids(tokenizer: Any, batch: Iterable[str]) -> list[list[int]]:
-    """The tokens of each text, without special ones."""
-    # split_special_tokens: "<|endoftext|>" written in a document is text, not a control token.
-    # verbose=False: documents longer than the subject's window are expected here, they are cut afterwards.
-    return tokenizer(
-        list(batch),
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
+def _tokens_of(tokenizer: Any, reader: Reader, batch: list[Document]) -> list[list[int] | None]:
+    """The tokens of each document; None, and a count in the reader, for a chat that the template refuses."""
+    found: list[list[int] | None] = [None] * len(batch)
+    for control, kind in ((False, "text"), (True, "chat")):
+        texts: dict[int, str] = {}
+        for i, document in enumerate(batch):
+            if document.kind == kind:
+                text = _rendered(tokenizer, reader, document) if control else document.content
+                texts |= {} if text is None else {i: text}
+        if texts:
+            for i, ids in zip(texts, token_ids(tokenizer, texts.values(), control=control), strict=True):
+                found[i] = ids
+    for i, document in enumerate(batch):
+        if document.kind == "token ids":
+            found[i] = own = list(map(int, document.content.split(" ")))
+            if wrong := [token for token in own if not 0 <= token < len(tokenizer)]:
+                raise ValueError(
+                    f"corpus {reader.corpus} has token id {wrong[0]} in {reader.column!r}, but the subject's tokenizer "
+                    f"has ids 0 to {len(tokenizer) - 1}; give ids of this tokenizer, or a column of text (text_column)"
+                )
+    return found
 
 
-def _batched(items: Iterable[str]) -> Iterator[list[str]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, _TOKENIZE_BATCH)):
-        yield batch
-
-
-def _distinct(texts: Iterable[str]) -> Iterator[str]:
-    seen: set[bytes] = set()
-    for text in texts:
-        # A lone surrogate (half of a broken escape in JSON) is no character and no tokenizer takes it.
-        document = text.strip().encode("utf-8", "replace").decode()
-        digest = hashlib.sha256(document.encode()).digest()[:16]
-        if document and digest not in seen:
-            seen.add(digest)
-            yield document
-
-
-def _seeded_hash(seed: int, name: str) -> bytes:
-    return hashlib.sha256(f"{seed} {name}".encode()).digest()
-
-
-def _sha256_lines(lines: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _read(corpus: str, seed: int) -> Iterator[str]:
-    """The raw texts of the corpus; `ValueError` when there is none."""
-    if corpus.startswith("hf:"):
-        texts = _hub_texts(corpus, seed)
-    elif corpus == PYTHON_DOCSTRINGS:
-        texts = _docstrings(seed)
-    elif corpus == SAE_PROBES_TEXT:
-        texts = itertools.chain.from_iterable(_sae_probes_texts(path) for path in _sae_probes_files())
-    else:
-        texts = itertools.chain.from_iterable(_file_texts(path) for path in _corpus_files(Path(corpus)))
-    empty = True
-    for text in texts:
-        empty = empty and not text.strip()
-        yield text
-    if empty:
-        raise ValueError(f"corpus {corpus} has no text; give files with at least one document that is not empty")
-
-
-def _corpus_files(path: Path) -> list[Path]:
-    """The file itself, or every readable file below the folder, sorted."""
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-        found = [p for p in files if p.name.lower().endswith(SUFFIXES)]
-        if len(found) < len(files):
-            log.info(
-                "corpus %s: %d files that are not %s are left out", path, len(files) - len(found), ", ".join(SUFFIXES)
-            )
-        if not found:
-            raise ValueError(
-                f"corpus folder {path} has no {', '.join(SUFFIXES)} file; put the text there in one of these"
-            )
-        return found
-    if not path.exists():
+def _rendered(tokenizer: Any, reader: Reader, chat: Document) -> str | None:
+    """The chat as the subject was trained to read it, by the tokenizer's template; None where that refuses it."""
+    if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"corpus {path} does not exist; give a file, a folder, hf:DATASET, {SAE_PROBES_TEXT} or {PYTHON_DOCSTRINGS}"
+            f"corpus {reader.corpus} holds chats ({reader.column}), but the subject's tokenizer has no chat template; "
+            "give a chat-tuned subject, or a column of text (text_column)"
         )
-    if not path.name.lower().endswith(SUFFIXES):
-        raise ValueError(f"corpus {path} is of unknown type; give a {', '.join(SUFFIXES)} file or a folder of them")
-    return [path]
-
-
-def _sae_probes_files() -> list[Path]:
-    folder = resources.fetch(SAE_PROBES_TEXT)
-    present = {path.name.removesuffix(".csv.zst"): path for path in folder.rglob("*.csv.zst")}
-    if missing := [stem for stem in SAE_PROBES_STEMS if stem not in present]:
-        raise ValueError(f"{folder} lacks {', '.join(missing)} of corpus {SAE_PROBES_TEXT}; delete it to fetch it anew")
-    return [present[stem] for stem in SAE_PROBES_STEMS]
-
-
-def _sae_probes_texts(path: Path) -> Iterator[str]:
-    """The prompts of one set; of `_STORIES_STEM` one for each story."""
-    texts = _csv_texts(path, "prompt")
-    if path.name.startswith(_STORIES_STEM):
-        stories: dict[str, str] = {}
-        for text in texts:
-            stories.setdefault(text.strip()[:_STORY_CHARS], text)
-        texts = iter(stories.values())
-    return texts
-
-
-def _file_texts(path: Path) -> Iterator[str]:
-    readers: dict[str, Callable[[Path], Iterator[str]]] = {
-        ".txt": _txt_texts,
-        ".jsonl": _jsonl_texts,
-        ".parquet": _parquet_texts,
-        ".csv": _csv_texts,
-        ".csv.zst": _csv_texts,
-    }
-    suffix = next(s for s in SUFFIXES if path.name.lower().endswith(s))
     try:
-        yield from readers[suffix](path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert it to UTF-8") from None
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror or error}); check that it is whole and yours"
-        ) from None
+        return tidied(str(tokenizer.apply_chat_template(json.loads(chat.content), tokenize=False)))
+    except Exception as error:  # a template is a program of other people
+        log.debug("the chat template refuses a chat: %s", error)
+        reader.skip("refused by the chat template")
+        return None
 
 
-def _txt_texts(path: Path) -> Iterator[str]:
-    yield path.read_text("utf-8")
-
-
-def _jsonl_texts(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number} is not JSON ({error.msg}); give one object a line") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path} line {number} is a JSON {type(row).__name__}; give one object a line")
-            yield _text_of(row, "text", f"{path} line {number}")
-
-
-def _parquet_texts(path: Path) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"reading {path} needs pyarrow; pip install pyarrow, or convert it to .jsonl") from None
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _text_of(dict.fromkeys(file.schema_arrow.names, ""), "text", str(path))
-            for batch in file.iter_batches(columns=["text"]):
-                for text in batch.column(0).to_pylist():
-                    yield _text_of({"text": text}, "text", str(path))
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]}); restore it") from None
-
-
-def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a .csv or .csv.zst file by column, each with the line it ends on; `ValueError` when it is not CSV."""
-    with open(path, "rb") as file:
-        source = _decompressed(file, path) if path.name.lower().endswith(".zst") else file
-        with io.TextIOWrapper(source, "utf-8-sig", newline="") as lines:  # -sig: spreadsheets write a BOM
-            yield from csv_rows_of(lines, str(path))
-
-
-def csv_rows_of(lines: Iterable[str], where: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """As `csv_rows`, of an open file; `where` is what messages call it."""
-    reader = csv.DictReader(lines)
-    try:
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise ValueError(f"{where} line {reader.line_num} is not CSV ({error}); convert the file to .jsonl") from None
-
-
-def _csv_texts(path: Path, column: str = "text") -> Iterator[str]:
-    for line, row in csv_rows(path):
-        yield _text_of(row, column, f"{path} line {line}")
-
-
-def _decompressed(file: io.BufferedReader, path: Path) -> io.BufferedReader:
-    return io.BufferedReader(_Chunks(_zstd_chunks(file, path)), _CHUNK_BYTES)
-
-
-def _zstd_chunks(file: io.BufferedReader, path: Path) -> Iterator[bytes]:
-    """The decompressed bytes. zstandard's own reader takes a cut file for a short one, so frames are counted here."""
-    try:
-        import zstandard
-    except ImportError:
-        raise ValueError(f"reading {path} needs zstandard; pip install zstandard, or decompress it") from None
-    frame, chunk = None, file.read(_CHUNK_BYTES)
-    try:
-        while chunk:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(chunk)
-            chunk, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-            chunk = chunk or file.read(_CHUNK_BYTES)
-    except zstandard.ZstdError as error:
-        raise ValueError(f"{path} is not a whole zstd file ({error}); restore it") from None
-    if frame is not None:
-        raise ValueError(f"{path} is not a whole zstd file (it ends within a frame); restore it")
-
-
-class _Chunks(io.RawIOBase):
-    """Successive bytes as a file."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self.chunks = chunks
-        self.rest = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.rest:
-            chunk = next(self.chunks, None)
-            if chunk is None:
-                return 0
-            self.rest = memoryview(chunk)
-        n = min(len(buffer), len(self.rest))
-        buffer[:n], self.rest = self.rest[:n], self.rest[n:]
-        return n
-
-
-def _text_of(row: dict[str, Any], column: str, where: str) -> str:
-    if column not in row:
-        raise ValueError(
-            f"{where} has no {column!r} column but {', '.join(map(str, row)) or 'none'}; rename the one with the text"
+def _too_small(
+    reader: Reader, side: str, found: _Side, n_contexts: int, context_length: int, n_documents: int | None
+) -> ValueError:
+    held_out = side == "held_out"
+    name, remedy = ("held-out", "held_out_fraction up or n_tokens_held_out") if held_out else ("training", "n_tokens")
+    if n_documents == 1 and not found.n_tokens:
+        return ValueError(
+            f"corpus {reader.corpus} has 0 {name} tokens: it is one document, which cannot be on both "
+            f"sides of the split, and up to {FINE_CUT:,} characters are not cut; give more text"
         )
-    if not isinstance(row[column], str):
-        raise ValueError(f"{where} has {type(row[column]).__name__} in {column!r}; every document must be text")
-    return row[column]
-
-
-def _python_sources() -> Iterator[tuple[str, Path]]:
-    """Every Python file of the standard library and of the installed packages, with its path below its root."""
-    for root in sorted({Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}):
-        for folder, subfolders, files in os.walk(root):
-            subfolders[:] = sorted(
-                set(subfolders) - {"site-packages", "dist-packages"}
-            )  # roots of their own, or not ours
-            for path in (Path(folder, file) for file in sorted(files) if file.endswith(".py")):
-                yield path.relative_to(root).as_posix(), path
-
-
-def _docstrings(seed: int) -> Iterator[str]:
-    """Docstrings of this machine's Python packages: they differ between machines, so never for a reported number.
-
-    A stream of files in the order of hash(seed, path); files that are not valid Python are left out.
-    """
-    sources = sorted(_python_sources(), key=lambda source: _seeded_hash(seed, source[0]))
-    for _, path in sources:
-        try:
-            with warnings.catch_warnings(action="ignore"):  # invalid escapes in other people's strings
-                tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError, OSError, RecursionError) as error:
-            log.debug("%s has no docstrings to read: %s", path, error)
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                docstring = ast.get_docstring(node) or ""
-                if len(docstring) >= _MIN_DOCSTRING_CHARS:
-                    yield docstring
-
-
-def _hub_parts(corpus: str) -> tuple[str, str | None, str]:
-    name, _, rest = corpus.removeprefix("hf:").partition(":")
-    config, _, split = rest.partition(":")
-    if not name:
-        raise ValueError(f"corpus {corpus} names no dataset; write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
-    return name, config or None, split or "train"
-
-
-def _hub_commit(name: str) -> str:
-    try:
-        from huggingface_hub import HfApi
-
-        return str(HfApi().dataset_info(name).sha)
-    except Exception as error:  # the hub's client raises many kinds; all mean that the dataset is out of reach
-        raise _hub_error(name, error) from None
-
-
-def _hub_texts(corpus: str, seed: int) -> Iterator[str]:
-    for row in hub_rows(corpus, seed):
-        yield _text_of(row, "text", corpus)
-
-
-def hub_rows(corpus: str, seed: int) -> Iterator[dict[str, Any]]:
-    """The rows of `hf:NAME[:CONFIG[:SPLIT]]` by column, in an order drawn from the seed."""
-    name, config, split = _hub_parts(corpus)
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(f"corpus {corpus} needs datasets; pip install datasets, or give a local file") from None
-    commit = _hub_commit(name)
-    try:
-        stream = datasets.load_dataset(name, config, split=split, streaming=True, revision=commit)
-        yield from stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-    except Exception as error:  # as above
-        raise _hub_error(name, error) from None
-
-
-def _hub_error(name: str, error: Exception) -> ValueError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return ValueError(
-        f"cannot read dataset {name} from the hub ({reason}); check its name and the network, or give a local file"
+        f"corpus {reader.corpus} has {found.n_tokens:,} {name} tokens, but {n_contexts:,} contexts of {context_length} "
+        f"need {found.wanted:,}; give a larger corpus or turn {remedy} down (or block_contexts: whole blocks are made)"
     )

@@ -45,6 +45,9 @@ _LOGGED_STATS = ("recall", "n_saturated")
 _KIND = "training-run"
 _HELD = ("metrics.jsonl", "state", "autoencoder")
 """What a run that has taken a step leaves beside train.json."""
+AUDITED_ROWS = 32
+"""Of the batch of a logged step: their latents are compared with the true top k."""
+
 _MAY_CHANGE = ("out", "store", "device", "log_every_steps", "save_every_s")
 
 
@@ -147,6 +150,7 @@ class Run:
             self._start()
         else:
             self.state, facts = saved
+            self.selection = Selection(**facts["selection"])
             self.recipe = step.Recipe(**facts["recipe"])
             self.elapsed_s, self.work = facts["elapsed_s"], Work(**facts.get("work", {}))
             supply.stream.check(facts["stream"])
@@ -165,8 +169,18 @@ class Run:
         weights = Weights(*(w.to(self.device) for w in weights))
         extras = variants.initial_extras(c.activation, weights, options)
         self.state = step.TrainState.new(weights, extras, ema=self.recipe.ema > 0)
+        self.selection = self._chosen_selection(sample, weights)
         self.elapsed_s, self.work = 0.0, Work()
         log.info("training %d latents on %s; %s", self.config.n_latents, self.store.site, _one_line(self.recipe))
+
+    def _chosen_selection(self, sample: Tensor, weights: Weights) -> Selection:
+        """`auto` is what selects fastest here, if it selects the true top k of these tokens."""
+        choose = getattr(self.kernel, "choose_precision", None)
+        if self.config.precision != "auto" or self.config.activation != "topk" or choose is None:
+            return Selection(self.config.precision)
+        precision = choose(sample[: self.config.batch_size].to(self.device), weights, self.config.k)
+        log.info("precision auto: latents are selected by %s products", precision)
+        return Selection(precision)
 
     def remaining_steps(self) -> Iterator[int]:
         done, total, batch = self.state.step, self.recipe.n_steps, self.recipe.batch_size
@@ -193,13 +207,37 @@ class Run:
             return
         dead = self.state.dead(self.recipe.dead_tokens_threshold).sum()
         started = time.perf_counter()
-        out, norm = step.advance(self.state, x, self.recipe, self.kernel)
+        recipe = dataclasses.replace(self.recipe, precision=self.selection.precision)
+        out, norm = step.advance(self.state, x, recipe, self.kernel, self._rows_to_audit(len(x)))
         seconds = time.perf_counter() - started
+        self._heed_audit(out)
         self.work.count(len(x) * dead.clamp(max=self.recipe.auxk), out, seconds)
         self._finite = torch.isfinite(out.mse) & torch.isfinite(norm).to(out.mse.device)
         self._log_step(out, norm)
         if self.state.step == self.recipe.n_steps:
             self.save()
+
+    def _is_logged(self, at: int) -> bool:
+        return at % self.config.log_every_steps == 0 or at == self.recipe.n_steps
+
+    def _rows_to_audit(self, n_rows: int) -> tuple[int, ...]:
+        """Of the step to come, if it is logged: a sample that depends on the seed and the step's number alone."""
+        at = self.state.step + 1
+        if not self._is_logged(at):
+            return ()
+        generator = torch.Generator().manual_seed((self.config.seed << 32 | at) & (2**63 - 1))
+        return tuple(torch.randperm(n_rows, generator=generator)[:AUDITED_ROWS].tolist())
+
+    def _heed_audit(self, out: StepGradients) -> None:
+        """After a latent was missed, `auto` selects by a product that is proven to miss none."""
+        if out.stats is None or not out.stats["n_missed"] or self.config.precision != "auto":
+            return
+        precision = self.kernel.fastest_precision(exact=True)
+        log.warning(
+            "step %d: %s products missed %d of %d latents of the true top k; from now on they are %s",
+            self.state.step, self.selection.precision, out.stats["n_missed"], out.stats["n_audited"], precision,
+        )  # fmt: skip
+        self.selection = Selection(precision, missed_at_step=self.state.step)
 
     def raise_if_diverged(self) -> None:
         """`Diverged` when the loss of the last step is not finite."""
@@ -212,7 +250,7 @@ class Run:
     def _log_step(self, out: StepGradients, norm: Tensor) -> None:
         """Append a row of this step alone every `log_every_steps`."""
         at, spec = self.state.step, self.recipe.update_spec(self.state.step)
-        if at % self.config.log_every_steps and at != self.recipe.n_steps:
+        if not self._is_logged(at):
             return
         auxiliary = "auxk_loss" if "auxk" in activation_facts(self.config.activation).uses else "sparsity"
         row = {
@@ -247,6 +285,7 @@ class Run:
             "stream": {**self.supply.stream.state_dict(), "n_batches": self.state.step},
             "elapsed_s": self.seconds,
             "work": self.work.to_dict(),
+            "selection": dataclasses.asdict(self.selection),
             "bits_depend_on": self._bits_depend_on(),
         }
         save_state(self.out / "state", self.state, facts)
@@ -296,6 +335,7 @@ class Run:
             "harvest": self.store.config,
             "train": to_dict(self.config),
             "recipe": dataclasses.asdict(self.recipe),
+            "selection": dataclasses.asdict(self.selection),
             "tokens_seen": self.tokens_seen,
             "distinct_tokens": min(self.tokens_seen, n_rows),
             "epochs": self.tokens_seen / n_rows,
@@ -314,6 +354,15 @@ class Run:
     def _warn_if_bits_may_change(self, facts: dict[str, Any]) -> None:
         if changed := changed_fields(facts.get("bits_depend_on", {}), self._bits_depend_on()):
             log.warning("resuming with %s: results stay right but not bit-identical", ", ".join(changed))
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The product by which a run selects latents, kept over all its starts."""
+
+    precision: str
+    missed_at_step: int | None = None
+    """When the audit found that the first choice had missed a latent."""
 
 
 class Work:

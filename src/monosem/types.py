@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-LOCATIONS = ("resid_post_mlp", "resid_post_attn", "resid_delta_mlp", "resid_delta_attn", "mlp_post_act")
+LOCATIONS = ("resid_post_mlp", "resid_post_attn", "resid_delta_mlp", "resid_delta_attn", "mlp_post_act", "attn_z")
 
 FIRED_THRESHOLD = 1e-3
 """A latent fired on a token when its activation exceeds this (Gao et al. 2024, section 2): by value, never by index."""
@@ -19,7 +19,8 @@ FIRED_THRESHOLD = 1e-3
 
 @dataclass(frozen=True)
 class Site:
-    """Where in which model activations come from. `location` is one of LOCATIONS or a dotted module name."""
+    """Where in which model activations come from. `location` is one of LOCATIONS, or a module's dotted name
+    (its output), or that name and `:input`."""
 
     model: str
     revision: str | None
@@ -87,9 +88,9 @@ class StepGradients(NamedTuple):
     """Tokens of the batch on which each latent's activation exceeded FIRED_THRESHOLD."""
     l0: Float[Tensor, ""]
     """Mean number of positive values a token."""
-    stats: dict[str, float] | None = None
+    stats: dict[str, Any] | None = None
     """How the latents were found, for the log; None where the kernels do not count (native/README.md: recall,
-    n_saturated, n_rerun, n_rescored, product_s)."""
+    n_audited, n_missed, n_saturated, n_rerun, n_rescored, product_s)."""
     extras: Extras = {}  # noqa: RUF012 (nothing writes to it)
     """Gradients of the extras that are trained."""
     buffers: Extras = {}  # noqa: RUF012
@@ -110,6 +111,9 @@ class LossSpec:
     """Precision of the product that selects latents ("auto", "fp32", "bf16", "int8"); values are always fp32."""
     options: dict[str, float] = field(default_factory=dict)
     """The activation function's own hyper-parameters, every one of its OPTIONS."""
+    audit: tuple[int, ...] = ()
+    """Rows of the batch whose latents are compared with their true top k, by fp32 values of all latents; where one was
+    missed, the batch is selected again in fp32 (native kernels only). See `StepGradients.stats`."""
 
 
 class OptimizerState(NamedTuple):

@@ -21,9 +21,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from monosem.evals.bootstrap import Statistic, as_metric, bootstrap, clusters_of, ratio
+from monosem.families import FAMILIES
 from monosem.logs import progress
 from monosem.model import Autoencoder
-from monosem.subject import FAMILIES, Subject
+from monosem.subject import Subject
 from monosem.types import LOCATIONS, Metric, Site
 
 _LOGITS_BYTES = 1 << 28  # of one forward; two are alive at once
@@ -186,6 +187,7 @@ def lower_blocks_run_once(subject: Subject, site: Site) -> Iterator[None]:
     The first forward keeps what the last of them returns; from then on each of them returns that at once. What they
     compute does not depend on what is put at the site, so no bit of any logit changes.
     """
+    subject.passed_once(site)  # now, so that no forward pass but the caller's is the first
     blocks = _blocks_below(subject, site)
     if not blocks:
         yield

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from monosem import resources
-from monosem.tokens import SAE_PROBES_TEXT, csv_rows, hub_rows
+from monosem.corpora import SAE_PROBES_TEXT, hub_rows
+from monosem.textfiles import csv_rows
 
 log = logging.getLogger("monosem")
 

@@ -106,10 +106,11 @@ def _weights(job: Job, of: Of) -> dict[str, Any]:
     job.writer.write("decoder_neighbours", near.latents, "latents with the likest decoder direction, likest first")
     job.writer.write("decoder_cosines", near.score, "their cosines")
     artifacts.write_json(job.folder / "vocabulary.json", job.subject.vocabulary())
-    if not job.subject.has_logits:
-        log.info("votes are left out: %s is an encoder and predicts no next token", job.subject.name)
-        return {"n_latents": job.n_latents}
-    votes = lens(job.subject, decoder, N_VOTES)
+    try:
+        votes = lens(job.subject, job.store.site, decoder, N_VOTES)
+    except ValueError as error:
+        log.info("votes are left out: %s", error)
+        return {"n_latents": job.n_latents, "left_out": {"votes": str(error)}}
     for side, ids, values in (("up", votes.up, votes.up_values), ("down", votes.down, votes.down_values)):
         job.writer.write(f"lens_{side}", ids, f"tokens whose logits the latent moves {side} most, strongest first")
         meaning = "logit change for one unit of the decoder direction, less its mean"
@@ -164,24 +165,34 @@ def _write_examples(job: Job, examples: dict[str, dict[str, np.ndarray]]) -> Non
 
 def _rules(job: Job, of: Of) -> dict[str, Any]:
     """N2G rules of the first latents drawn, and how well they predict held-out text."""
-    drawn, n_firing = _drawn(job, of["n"], "rules")
+    if reason := _predicts_nothing(job, "rules"):
+        return {"n_latents": 0, "left_out": reason}
+    drawn, n_firing = _drawn(job, of["n"])
     rules.make(job, of, drawn)
     return {"n_latents": len(drawn), **_more(len(drawn) < n_firing, "--n2g all")}
 
 
 def _effects(job: Job, of: Of) -> dict[str, Any]:
     """What ablating the first latents drawn does to the predictions in their strongest examples."""
-    drawn, n_firing = _drawn(job, of["n"], "ablations")
+    if reason := _predicts_nothing(job, "ablations"):
+        return {"n_latents": 0, "left_out": reason}
+    drawn, n_firing = _drawn(job, of["n"])
     effects.make(job, of, drawn)
     return {"n_latents": len(drawn), **_more(len(drawn) < n_firing, "--ablations all")}
 
 
-def _drawn(job: Job, n: int, what: str) -> tuple[list[int], int]:
+def _predicts_nothing(job: Job, what: str) -> dict[str, str]:
+    """Why rules or ablations are left out, by what they are; empty where they can be made."""
+    if job.reading_subject.has_logits:
+        return {}
+    reason = f"{job.reading_subject.name} is an encoder and predicts no next token"
+    log.info("%s are left out: %s", what, reason)
+    return {what: reason}
+
+
+def _drawn(job: Job, n: int) -> tuple[list[int], int]:
     """The first `n` latents of a random order of those that fire, so that more include fewer; and how many fire."""
     fires = np.flatnonzero(job.column("top_context")[:, 0] >= 0)
-    if n and not job.reading_subject.has_logits:
-        log.info("%s are left out: %s is an encoder and predicts no next token", what, job.reading_subject.name)
-        return [], 0
     return np.random.default_rng(job.config.seed).permutation(fires)[:n].tolist(), len(fires)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from monosem.subject import Subject
+from monosem.types import Site
 
 _CHUNK_ELEMENTS = 1 << 25
 
@@ -24,17 +25,20 @@ class Lens(NamedTuple):
 
 
 @torch.no_grad()
-def lens(subject: Subject, decoder: Float[Tensor, "n_latents d_model"], n: int) -> Lens:
+def lens(subject: Subject, site: Site, decoder: Float[Tensor, "n_latents d_model"], n: int) -> Lens:
     """The `n` tokens whose logits a unit of each latent raises and lowers most, to first order.
 
     unembedding (gain * d_i), with the gain of the subject's last norm and without the division by the token's norm,
     which scales all of a token's logits alike; relative to the mean over the vocabulary, which softmax does not see.
-    `ValueError` when the subject has no unembedding, or its last norm is not known.
+    `ValueError` says why it has none at `site`, which `Subject.unembedding` knows.
     """
-    unembedding, gain = subject.unembedding()
+    unembedding, gain = subject.unembedding(site)
+    if unembedding.shape[1] != decoder.shape[1]:
+        raise ValueError(f"the unembedding reads width {unembedding.shape[1]}, {site.location} has {decoder.shape[1]}")
     directions = (decoder.to(unembedding.device) * gain).float()
     centred = unembedding.float() - unembedding.float().mean(0)
     found: list[list[Tensor]] = []
+    n = min(n, len(centred))
     for rows in directions.split(max(1, _CHUNK_ELEMENTS // len(centred))):
         logits = rows @ centred.T
         up, down = logits.topk(n, dim=1), logits.topk(n, dim=1, largest=False)

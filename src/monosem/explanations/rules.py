@@ -27,7 +27,7 @@ from monosem.types import FIRED_THRESHOLD
 FILE = "n2g.jsonl"
 N_EXAMPLES = 5
 """Of the strongest, and as many of the random ones, from which a rule is made."""
-_LATENTS_AT_ONCE = 32
+_LATENTS_AT_ONCE = 64
 _COLUMNS = {
     "n2g_recall": "of the held-out tokens on which the latent fires, the share at which its rule predicts",
     "n2g_precision": "of the held-out tokens at which the rule predicts, the share on which the latent fires",

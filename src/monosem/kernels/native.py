@@ -1,15 +1,23 @@
 """The step in compiled code (native/), for fp32 tensors on the CPU: the same functions as `torch_sparse`.
 
-The dense product is fused with the selection, so that [B, N] never exists, and may be taken in bf16: it only has to
-find every latent that could be among the top k. The values of latents are always fp32 dot products summed in one order,
-so that "fp32" and "bf16" give the same bits, whatever the number of threads. NaN or Inf in a row of x makes that row's
-values NaN, in the weights every value; the loss is then NaN. Equal values: the lower index first.
+The dense product is fused with the selection, so that [B, N] never exists, and may be taken in bf16 or int8: it only
+has to find every latent that could be among the top k. The values of latents are always fp32 dot products summed in
+one order, so that every precision gives the same bits, whatever the number of threads. For fp32 and bf16 that is
+proven. int8 is so coarse that it takes an assumption about its rounding errors; "auto" takes it where it is the fastest
+and audits it: some rows are compared with their true top k, and where one latent was missed, the batch is selected
+again in fp32.
+
+NaN or Inf in a row of x makes that row's values NaN, in the weights every value; the loss is then NaN. Equal values:
+the lower index first.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch  # before _native: the OpenMP runtime that torch brings is then the one that both use
@@ -23,7 +31,9 @@ from monosem.types import FIRED_THRESHOLD, LossSpec, OptimizerState, SparseLaten
 
 __all__ = [
     "apply_update",
+    "choose_precision",
     "decode",
+    "fastest_precision",
     "relu_encode",
     "relu_gradients",
     "sparse_gradients",
@@ -37,6 +47,15 @@ LEVEL_VARIABLE = "MONOSEM_NATIVE_LEVEL"
 """Environment variable that forces a dispatch level by name; `_native.levels()` lists those of this machine."""
 
 _PRECISIONS = ("auto", "fp32", "bf16", "int8")
+_CANDIDATES = ("int8", "fp32", "bf16")
+"""The first, unless a later one takes less than _CLEARLY_FASTER of its time: noise must not change the choice."""
+_UNPROVEN = ("int8",)
+_CLEARLY_FASTER = 0.67
+
+AUDIT_EVERY = 1024
+"""One row in so many is audited where the precision is "auto"."""
+_PROBE_ROWS, _PROBE_LATENTS, _PROBE_WIDTH = 256, 4096, 512
+_PROBE_AUDIT = 64
 
 log = logging.getLogger("monosem")
 
@@ -47,13 +66,69 @@ if LEVEL_VARIABLE in os.environ:
 def topk_encode(
     x_BD: Float[Tensor, "batch d_model"], weights: Weights, k: int, precision: str = "auto"
 ) -> SparseLatents:
-    """As `reference.topk_encode`; `precision` is that of the product that selects, and changes nothing but the time."""
+    """As `reference.topk_encode`; `precision` is that of the product that selects, and changes nothing but the time.
+
+    "auto" is `fastest_precision`, audited.
+    """
+    return _topk_encode(x_BD, weights, k, precision)[0]
+
+
+def _topk_encode(
+    x_BD: Tensor, weights: Weights, k: int, precision: str, audit: Sequence[int] = ()
+) -> tuple[SparseLatents, dict[str, Any]]:
     x_BD, weights = _rows("x", x_BD), _readable(weights)
     indices = torch.empty(len(x_BD), k, dtype=torch.int64)
     values = torch.empty(len(x_BD), k)
-    stats = _native.topk_encode(x_BD, weights, k, _checked_precision(precision), indices, values)
-    _log_saturation(stats, len(x_BD))
-    return SparseLatents(indices, values, len(weights.latent_bias))
+    product, rows = _audited(precision, audit, len(x_BD))
+    stats = _native.topk_encode(x_BD, weights, k, product, indices, values, rows)
+    _log_stats(stats, len(x_BD), precision)
+    return SparseLatents(indices, values, len(weights.latent_bias)), stats
+
+
+def fastest_precision(*, exact: bool = False) -> str:
+    """The precision whose product selects fastest on this machine, measured once a process on a small problem.
+
+    `exact`: only of those that are proven to miss nothing.
+    """
+    return _fastest(_native.level(), exact)
+
+
+@functools.cache
+def _fastest(level: str, exact: bool) -> str:
+    candidates = [p for p in _CANDIDATES if (_native.has_low() or p == "fp32") and not (exact and p in _UNPROVEN)]
+    if len(candidates) == 1:
+        return candidates[0]
+    generator = torch.Generator().manual_seed(0)
+    x, encoder = (torch.randn(n, _PROBE_WIDTH, generator=generator) for n in (_PROBE_ROWS, _PROBE_LATENTS))
+    weights = Weights(encoder, torch.zeros(_PROBE_LATENTS), encoder, torch.zeros(_PROBE_WIDTH))
+    seconds = {precision: min(_seconds_to_encode(x, weights, precision) for _ in range(3)) for precision in candidates}
+    best = candidates[0]
+    for precision in candidates[1:]:
+        if seconds[precision] < _CLEARLY_FASTER * seconds[best]:
+            best = precision
+    log.debug("kernels: level %s, fastest%s product: %s of %s", level, " exact" if exact else "", best, seconds)
+    return best
+
+
+def _seconds_to_encode(x_BD: Tensor, weights: Weights, precision: str) -> float:
+    started = time.perf_counter()
+    _topk_encode(x_BD, weights, 32, precision)
+    return time.perf_counter() - started
+
+
+def choose_precision(x_BD: Float[Tensor, "batch d_model"], weights: Weights, k: int) -> str:
+    """`fastest_precision` if it finds the true top k of these rows among few candidates; else an exact one."""
+    precision = fastest_precision()
+    if precision not in _UNPROVEN:
+        return precision
+    x_BD = x_BD[:_PROBE_ROWS]
+    stats = _topk_encode(x_BD, weights, k, precision, range(min(len(x_BD), _PROBE_AUDIT)))[1]
+    return fastest_precision(exact=True) if stats["n_missed"] or _is_saturated(stats, len(x_BD)) else precision
+
+
+def recall(stats: dict[str, Any]) -> float | None:
+    """The share of the audited rows' true top k that the product selected; None where no row was audited."""
+    return 1 - stats["n_missed"] / stats["n_audited"] if stats["n_audited"] else None
 
 
 def relu_encode(x_BD: Float[Tensor, "batch d_model"], weights: Weights) -> SparseLatents:
@@ -67,7 +142,10 @@ def threshold_encode(
     threshold_N: Float[Tensor, " n_latents"],
     precision: str = "auto",
 ) -> SparseLatents:
-    """As `reference.threshold_encode`, out of the same sweep as the top k; dense in torch where too much is above."""
+    """As `reference.threshold_encode`, out of the same sweep as the top k; dense in torch where too much is above.
+
+    "auto" is the fastest precision that is proven to miss nothing.
+    """
     latents = _sparse_threshold_encode(x_BD, weights, threshold_N, precision)
     return torch_sparse.threshold_encode(x_BD, weights, threshold_N) if latents is None else latents
 
@@ -80,7 +158,8 @@ def _sparse_threshold_encode(
     _check_kind("threshold", threshold_N)
     # An infinite threshold is a latent that is never active, not weights that are not finite.
     finite_N = threshold_N.detach().clamp(max=torch.finfo(threshold_N.dtype).max).contiguous()
-    found = _native.threshold_encode(x_BD, weights, finite_N, _checked_precision(precision))
+    product = fastest_precision(exact=True) if _checked_precision(precision) == "auto" else precision
+    found = _native.threshold_encode(x_BD, weights, finite_N, product)
     if found is None:
         return None
     indices, values = found
@@ -120,7 +199,8 @@ def topk_gradients(
     x_BD, weights = _rows("x", x_BD), _readable(weights)
     gradients = Weights(*(torch.empty_like(w) for w in weights))
     n_fired = torch.empty(len(weights.latent_bias), dtype=torch.int64)
-    terms = _native.topk_gradients(x_BD, weights, dead_N.contiguous(), *_loss_arguments(spec), n_fired, gradients)
+    loss, audit = _loss_arguments(spec, len(x_BD))
+    terms = _native.topk_gradients(x_BD, weights, dead_N.contiguous(), *loss, n_fired, gradients, audit)
     return _step(spec, gradients, terms, n_fired, len(x_BD))
 
 
@@ -168,9 +248,9 @@ def topk_step(
     average = None if optimizer.average is None else _writable(optimizer.average)
     moments = _writable(optimizer.first), _writable(optimizer.second), average
     n_fired = torch.empty(len(weights.latent_bias), dtype=torch.int64)
-    loss = _loss_arguments(spec)
+    loss, audit = _loss_arguments(spec, len(x_BD))
     terms, norm = _native.topk_step(
-        x_BD, _writable(weights), dead_N.contiguous(), *loss, n_fired, *moments, *_update_arguments(update)
+        x_BD, _writable(weights), dead_N.contiguous(), *loss, n_fired, *moments, *_update_arguments(update), audit
     )
     return _step(spec, None, terms, n_fired, len(x_BD)), torch.tensor(norm)
 
@@ -187,8 +267,22 @@ def apply_update(
     return torch.tensor(norm)
 
 
-def _loss_arguments(spec: LossSpec) -> tuple[int, float, int, float, str]:
-    return spec.k, spec.mse_scale, spec.auxk, spec.auxk_coef, _checked_precision(spec.precision)
+def _loss_arguments(spec: LossSpec, n_rows: int) -> tuple[tuple[int, float, int, float, str], Tensor]:
+    product, audit = _audited(spec.precision, spec.audit, n_rows)
+    return (spec.k, spec.mse_scale, spec.auxk, spec.auxk_coef, product), audit
+
+
+def _audited(precision: str, audit: Sequence[int], n_rows: int) -> tuple[str, Tensor]:
+    """The precision that is meant, and the rows to audit: without any given, some where it is "auto" and unproven."""
+    product = fastest_precision() if _checked_precision(precision) == "auto" else precision
+    if not audit and precision == "auto" and product in _UNPROVEN:
+        audit = sampled_rows(n_rows, -(-n_rows // AUDIT_EVERY), seed=0)
+    return product, torch.tensor(audit, dtype=torch.int64)
+
+
+def sampled_rows(n_rows: int, n: int, seed: int) -> list[int]:
+    """`n` different rows of a batch (all, where it has fewer), rising."""
+    return torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))[:n].sort().values.tolist()
 
 
 def _update_arguments(update: UpdateSpec) -> tuple[float, ...]:
@@ -197,7 +291,7 @@ def _update_arguments(update: UpdateSpec) -> tuple[float, ...]:
 
 def _step(spec: LossSpec, gradients: Weights | None, terms: tuple, n_fired: Tensor, n_rows: int) -> StepGradients:
     mse, auxiliary, dropped, n_active, stats = terms
-    _log_saturation(stats, n_rows)
+    _log_stats(stats, n_rows, spec.precision)
     return StepGradients(
         gradients=gradients,  # type: ignore[arg-type]
         loss=torch.tensor(mse if dropped else mse + spec.auxk_coef * auxiliary),
@@ -206,7 +300,7 @@ def _step(spec: LossSpec, gradients: Weights | None, terms: tuple, n_fired: Tens
         auxk_dropped=torch.tensor(dropped),
         n_fired=n_fired,
         l0=torch.tensor(n_active / n_rows),
-        stats=stats,
+        stats={**stats, "recall": recall(stats)},
     )
 
 
@@ -245,8 +339,19 @@ def _checked_precision(precision: str) -> str:
     return precision
 
 
-def _log_saturation(stats: dict[str, Any], n_rows: int) -> None:
-    if stats["n_saturated"] * 20 > n_rows:
+def _log_stats(stats: dict[str, Any], n_rows: int, precision: str) -> None:
+    if stats["n_missed"]:
+        log.warning(
+            "kernels: precision %s missed %d of %d latents of the true top k; the batch was selected again in fp32",
+            precision,
+            stats["n_missed"],
+            stats["n_audited"],
+        )
+    if _is_saturated(stats, n_rows):
         log.debug(
             "kernels: %d of %d rows had too many candidates and were scored exactly", stats["n_saturated"], n_rows
         )
+
+
+def _is_saturated(stats: dict[str, Any], n_rows: int) -> bool:
+    return stats["n_saturated"] * 20 > n_rows

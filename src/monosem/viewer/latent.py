@@ -28,6 +28,9 @@ VOTES = {
 EFFECTS = {"kl": "KL", "loss": "change in loss"}
 """What the tokens after an ablation can be coloured by."""
 
+_LEFT_OUT = {"n2g": "rules", "ablations": "ablations"}
+"""What of a part may be left out."""
+
 Rule = dict[tuple[int, ...], float]
 
 
@@ -54,6 +57,7 @@ def view(run: Run, latent: int) -> dict[str, Any]:
         "n_bands": run.explanation.manifest["n_quantile_bands"] if run.explanation is not None else 0,
         "rule": None if rule is None else _shown(run, rule),
         "votes": votes(run, latent),
+        "left_out": {what: reason for what in ("votes", "rules", "ablations") if (reason := run.left_out(what))},
         "neighbours": {
             "decoder": _neighbours(run, latent, "decoder_neighbours", "decoder_cosines"),
             "coactivation": _neighbours(run, latent, "coactivation_neighbours", "coactivation_scores"),
@@ -71,6 +75,7 @@ def statistics(run: Run, latent: int) -> list[dict[str, Any]]:
         column = run.column(name)
         value = None if column is None else _finite(column[latent])
         undefined = _undefined(run, latent, name) if value is None and column is not None else None
+        undefined = undefined or ("left out" if run.left_out(_LEFT_OUT.get(about.part, "")) else None)
         found.append(
             {"name": name, "label": about.label, "meaning": about.meaning, "value": value, "undefined": undefined,
              "command": None if value is not None or undefined else run.command(about.part)}

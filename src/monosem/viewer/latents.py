@@ -69,8 +69,9 @@ def _missing(run: Run) -> list[tuple[str, str]]:
         labels.setdefault(column.part, []).append(column.label)
     found = []
     for part, columns in labels.items():
-        made = computed.get(part, {}).get("n_latents", 0)
-        if made < run.n_latents and (not made or "command" in computed[part]):
+        entry = computed.get(part, {})
+        made = entry.get("n_latents", 0)
+        if made < run.n_latents and (not made or "command" in entry) and "left_out" not in entry:
             rest = f" for all but {made:,} latents" if made else ""
             found.append((run.command(part), ", ".join(columns) + rest))
     return found

@@ -31,7 +31,8 @@ from monosem.evals import probes, tasks
 from monosem.evals.downstream import lower_blocks_run_once
 from monosem.model import Autoencoder, NormStats
 from monosem.subject import Subject
-from monosem.tokens import csv_rows_of, token_ids
+from monosem.textfiles import csv_rows_of
+from monosem.tokens import token_ids
 from monosem.torch_state import pinned
 from monosem.types import Site, SparseLatents
 

@@ -90,6 +90,11 @@ class Run:
         words = made.get("command", _COMMANDS.get(part, _EXPLAIN))
         return re.sub(r"\bRUN\b", lambda _: shlex.quote(str(self.folder)), words)
 
+    def left_out(self, what: str) -> str | None:
+        """Why votes, rules or ablations cannot be made of this subject or site; None where they can."""
+        parts = self.explanation.manifest["computed"].values() if self.explanation is not None else ()
+        return next((part["left_out"][what] for part in parts if what in part.get("left_out", {})), None)
+
     def column(self, name: str) -> np.ndarray | None:
         """A column of the explanation, memory-mapped; None when it was not computed."""
         if self.explanation is None or name not in self.explanation:
