@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import json
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -281,6 +282,7 @@ def _harvest(configs: list[HarvestConfig]) -> None:
     for job, plan in zip(jobs, plans, strict=True):
         _go_on(job.out, plan, job.config, sources)
     found, text = _contexts(jobs[0])  # both splits at first: too little text shows before work
+    _require_room(jobs, found)
     compiled = _choose_compiled(jobs, plans, found["train"])
     jobs = [job._replace(compiled=compiled) for job in jobs]
     for job, plan in zip(jobs, plans, strict=True):
@@ -295,6 +297,21 @@ def _harvest(configs: list[HarvestConfig]) -> None:
     elapsed_s = time.perf_counter() - started
     for job in jobs:
         log.info("store %s is complete: activations of %s, after %.0f s", job.out, job.site, elapsed_s)
+
+
+def _require_room(jobs: list[_Job], found: dict[str, Contexts]) -> None:
+    """`ValueError` unless what is missing of the shards fits on the disk."""
+    needed = 0
+    for job in jobs:
+        row_bytes = job.subject.site_width(job.site) * _DTYPES[job.store_dtype].itemsize
+        for n_contexts, length in (contexts.tokens.shape for contexts in found.values()):
+            needed += n_contexts * ((length - job.first) * row_bytes + 12 * length)
+        needed -= sum(path.stat().st_size for path in job.out.glob("*/shard-*.safetensors"))
+    if needed > (free := shutil.disk_usage(jobs[0].out).free):
+        raise ValueError(
+            f"the activations need {needed / 2**30:.2f} GiB of disk, but {free / 2**30:.2f} are free in {jobs[0].out}; "
+            "free some, choose another out, or lower n_tokens"
+        )
 
 
 def _finish(

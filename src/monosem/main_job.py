@@ -18,7 +18,8 @@ from typing import Any
 from monosem import artifacts, resources
 from monosem.activations import harvest
 from monosem.config import RunConfig, to_dict
-from monosem.evals import evaluate
+from monosem.evals import Shared, evaluate
+from monosem.evals.parts import check_tasks
 from monosem.torch_state import pinned
 from monosem.training import train
 
@@ -36,6 +37,9 @@ def run(config: RunConfig) -> dict[str, Any]:
     out = Path(config.out)
     if (out / "run.json").exists():
         artifacts.read_manifest(out / "run.json", "run")  # before the hours: what others made is not overwritten
+    shared = Shared()
+    if config.eval.suite != "basic" and not (out / "eval.json").exists():
+        check_tasks(config.eval, shared)  # before the hours
     harvest_config = dataclasses.replace(config.harvest, out=str(out / "store"))
     train_config = dataclasses.replace(config.train, out=str(out), store=str(out / "store"))
     eval_config = dataclasses.replace(config.eval, run=str(out))
@@ -45,7 +49,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         ],
         "harvest": lambda: harvest(harvest_config),
         "train": lambda: train(train_config),
-        "evaluate": lambda: evaluate(eval_config),
+        "evaluate": lambda: evaluate(eval_config, shared),
     }
     seconds, result = {}, None
     for name, stage in stages.items():

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from monosem import artifacts, interrupts, kernels, losses, step, variants
 from monosem.activations import ActivationStore
-from monosem.checkpoint import load_state, save_state
+from monosem.checkpoint import load_state, require_room, save_state
 from monosem.config import TrainConfig, activation_facts, changed_fields, to_dict
 from monosem.logs import MetricsLog, progress
 from monosem.model import Autoencoder, AutoencoderConfig, initial_weights, normalize
@@ -77,6 +77,7 @@ def train(config: TrainConfig) -> Autoencoder:
         ):
             supply = Supply(store, stream, resolve_device(config.device))
             run = Run(config, supply)
+            require_room(out / "state", run.state)
             begin(config, store)
             stream.seek(run.state.step)
             saved_at = time.monotonic()

@@ -105,6 +105,11 @@ class Shared:
             self._tasks[source] = tasks.load(source)
         return self._tasks[source]
 
+    def some_tasks(self, source: str, n: int) -> list[tasks.Task]:
+        """At most `n` of the source's, spread evenly."""
+        found = self.tasks(source)
+        return [found[i * len(found) // n] for i in range(n)] if n < len(found) else found
+
 
 class Judged:
     """One autoencoder and what its parts share, loaded when first asked for."""
@@ -136,8 +141,7 @@ class Judged:
 
     def tasks(self, n: int) -> list[tasks.Task]:
         """At most `n` of the labelled tasks, spread evenly over those of the source."""
-        found = self.shared.tasks(self.config.tasks)
-        return [found[i * len(found) // n] for i in range(n)] if n < len(found) else found
+        return self.shared.some_tasks(self.config.tasks, n)
 
     def sizes(self, part: str) -> dict[str, int]:
         """How large a part is."""
@@ -197,9 +201,14 @@ def check(judged: Judged, todo: set[str]) -> None:
     if todo - _WITHOUT_SUBJECT:
         _ = judged.subject
     if "probes" in todo and judged.autoencoder.tells_pre_activations:
-        sizes = judged.sizes("probes")
-        for task in judged.tasks(sizes["n_tasks"]):
-            tasks.split(task, n_texts=sizes["n_texts"], seed=judged.config.seed)
+        check_tasks(judged.config, judged.shared)
+
+
+def check_tasks(config: EvalConfig, shared: Shared) -> None:
+    """`ValueError` for labelled texts that cannot be read or halved."""
+    sizes = SIZES[config.suite]["probes"]
+    for task in shared.some_tasks(config.tasks, sizes["n_tasks"]):
+        tasks.split(task, n_texts=sizes["n_texts"], seed=config.seed)
 
 
 def reconstruction_part(judged: Judged) -> Part:
