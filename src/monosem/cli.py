@@ -274,7 +274,7 @@ def _eval(stages: list[config.EvalConfig], report: str | None, *, as_json: bool)
         print(f"report of {', '.join(found)}: {report} (its table: {Path(report).with_suffix('.md')})")
     else:
         print("\n\n".join(map(table, found.values())))
-    return int(len(found) < len(stages) or any(made["failed"] for made in found.values()))
+    return int(len(found) < len(stages) or any(made.get("failed") for made in found.values()))
 
 
 def _export(stage: config.ExportConfig) -> None:
@@ -327,11 +327,11 @@ def _run(stage: config.RunConfig, *, as_json: bool) -> int:
     report = run(stage)
     if as_json:
         print(json.dumps(report))
-        return int(bool(report["failed"]))
+        return int(bool(report.get("failed")))
     print(table(report))
     print("\nseconds: " + ", ".join(f"{k} {v:g}" for k, v in report["seconds"].items()))
     print(f"everything is under {stage.out}; the released autoencoder is {stage.out}/autoencoder")
-    return int(bool(report["failed"]))
+    return int(bool(report.get("failed")))
 
 
 def _parse(name: str, kind: type, config_file: str | None, argv: list[str]) -> Any:
