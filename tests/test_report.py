@@ -140,7 +140,7 @@ def test_only_a_report_is_replaced(tmp_path: Path) -> None:
     for name in ("out.md", "out.html"):
         ours = (tmp_path / name).read_text("utf-8")
         (tmp_path / name).write_text("mine")
-        with pytest.raises(ValueError, match=rf"{name} exists and is there and monosem did not make it"):
+        with pytest.raises(ValueError, match=rf"{name} is there and monosem did not make it"):
             report.check(tmp_path / "out.html")
         assert (tmp_path / name).read_text("utf-8") == "mine"
         (tmp_path / name).write_text(ours, "utf-8")
