@@ -158,7 +158,7 @@ def test_a_run_without_its_subject_says_so_and_its_page_stays(runs: Path, tmp_pa
     autoencoder.save(tmp_path / "run/autoencoder")
     client = opened(tmp_path / "run")
     answer = client.get(f"{API}/try")
-    assert answer.status_code == 400 and "gone" in answer.json()["error"]
+    assert answer.status_code == 503 and "gone" in answer.json()["error"]
     assert client.get("/try").status_code == 200
 
 
@@ -274,18 +274,22 @@ def test_matches_of_large_pairs_are_kept(kept: Path, runs: Path, monkeypatch: py
         assert np.array_equal(one.latent, other.latent) and np.array_equal(one.score, other.score)
 
 
-@pytest.mark.parametrize("change", ["weights", "tokens", "cut"])
+@pytest.mark.parametrize("change", ["weights", "tokens", "cut", "damaged"])
 def test_kept_matches_of_something_else_are_not_taken(
     change: str, kept: Path, runs: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    paths = {"weights": kept / "autoencoder/config.json", "tokens": kept / "explain/manifest.json"}
+    (path,) = (kept / "compare").glob("*-directions*")
     if change == "cut":
-        (path,) = (kept / "compare").glob("*-directions*")
         path.write_bytes(path.read_bytes()[:100])
+    elif change == "damaged":
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    elif change == "weights":
+        other = Autoencoder.load(kept / "autoencoder")
+        other.weights.decoder.neg_()
+        other.save(kept / "autoencoder")
     else:
-        facts = read_json(paths[change])
-        facts |= {"weights": {"weights_sha256": "0" * 64}, "tokens": {"n_tokens": 77}}[change]
-        write_json(paths[change], facts)
+        manifest = kept / "explain/manifest.json"
+        write_json(manifest, read_json(manifest) | {"n_tokens": 77})
     computed: list[str] = []
 
     def watched(name: str, usual: Any) -> Any:
@@ -302,7 +306,7 @@ def test_kept_matches_of_something_else_are_not_taken(
     assert ("best_cosines" in computed) == (change != "tokens")
     assert ("best_together" in computed) == (change == "weights")
     assert (found.together is None) == (change == "tokens")
-    assert ("its matches are computed again" in caplog.text) == (change == "cut")
+    assert ("its matches are computed again" in caplog.text) == (change in ("cut", "damaged"))
 
 
 def test_nothing_is_kept_of_small_pairs_or_read_only(
@@ -339,9 +343,8 @@ def test_a_decoder_that_is_cut_short_is_named(runs: Path, tmp_path: Path) -> Non
 
 def tokens_of(run: Run) -> list[set[Any]]:
     """For each latent the addresses (document, position, place) of the tokens on which it is active in its examples."""
-    context, activations = run.column("top_context"), run.column("top_activations")
-    document, position = run.column("contexts_document"), run.column("contexts_position")
-    assert context is not None and activations is not None and document is not None and position is not None
+    names = ("top_context", "top_activations", "contexts_document", "contexts_position")
+    context, activations, document, position = (np.load(run.folder / f"explain/{name}.npy") for name in names)
     found: list[set[Any]] = [set() for _ in context]
     for latent, example, place in zip(*np.nonzero(activations), strict=True):
         row = context[latent, example]

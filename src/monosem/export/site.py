@@ -27,9 +27,8 @@ from starlette.responses import Response
 
 from monosem import artifacts
 from monosem.logs import progress
+from monosem.viewer import files, web
 from monosem.viewer import latents as table
-from monosem.viewer import web
-from monosem.viewer.notes import reading
 from monosem.viewer.reading import Run
 from monosem.viewer.search import MOST_RANKED
 from monosem.viewer.server import ENDPOINTS
@@ -123,7 +122,7 @@ def _write_pages(site: Site, folder: Path, latents: Sequence[int]) -> None:
     site.links = FileLinks(1, latents)
     _write(folder / "latents/random.html", _own(site, "random"))
     for latent in progress(latents, "pages", "latent", total=len(latents), each=1):
-        _write(folder / f"latents/{latent}.html", _answered(site, "/latents/{latent:int}", latent=latent))
+        _write(folder / f"latents/{latent}.html", _answered(site, "/latents/{latent}", latent=latent))
     site.links = FileLinks(0, latents)
 
 
@@ -207,7 +206,7 @@ def _table(run: Run, latents: Sequence[int]) -> dict[str, Any]:
         rows += table.rows(run, np.array(latents[start : start + _ROWS_AT_ONCE], dtype=np.int64))
     examples = "examples" if len(latents) <= _MAX_SEARCHED else "''"
     texts: dict[int, tuple[str, str]] = {}
-    with reading(run.words) as file:
+    with files.database(run.words) as file:
         if file is not None:
             sql = f"SELECT rowid, top_tokens, {examples} FROM latents_fts"
             texts = {latent: (tokens, said) for latent, tokens, said in file.execute(sql)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from monosem.viewer import search, text, web
+from monosem.viewer.files import Unavailable
 from monosem.viewer.reading import COLUMNS, FIRED_THRESHOLD, Run
 from monosem.viewer.web import API, Endpoint, Site
 
@@ -45,7 +47,7 @@ class Around(NamedTuple):
 
 def view(run: Run, latent: int) -> dict[str, Any]:
     """Everything the page shows, as JSON; a part that was not computed is None."""
-    rule = _rule(run.rule(latent))
+    rule = run.rule(latent)
     note = run.notes.of(latent)
     return {
         "latent": latent,
@@ -80,9 +82,10 @@ def statistics(run: Run, latent: int) -> list[dict[str, Any]]:
             {"name": name, "label": about.label, "meaning": about.meaning, "value": value, "undefined": undefined,
              "command": None if value is not None or undefined else run.command(about.part)}
         )  # fmt: skip
-    best = run.column("probe_task" if run.column("probe_top_task") is None else "probe_top_task")
+    several, one = run.rows("probe_top_task"), run.column("probe_task")
+    best: list[int] = several[latent].tolist() if several is not None else [] if one is None else [int(one[latent])]
     tasks = run.explanation.manifest.get("probe_tasks", []) if run.explanation is not None else []
-    if named := [] if best is None else [tasks[i] for i in best[latent].reshape(-1) if 0 <= i < len(tasks)]:
+    if named := [tasks[i] for i in best if 0 <= i < len(tasks)]:
         next(s for s in found if s["name"] == "probe_best")["task"] = ", ".join(named)
     return found
 
@@ -97,7 +100,7 @@ def _undefined(run: Run, latent: int, name: str) -> str | None:
 
 def histogram(run: Run, latent: int) -> dict[str, Any] | None:
     """Tokens by activation, without the empty bins at both ends; None when it was not computed."""
-    counts, edges = run.column("histogram"), run.column("histogram_edges")
+    counts, edges = run.rows("histogram"), run.column("histogram_edges")
     if counts is None or edges is None:
         return None
     own, ends = counts[latent], np.append(edges, np.inf)
@@ -114,18 +117,21 @@ def examples(run: Run, latent: int, kind: str, rule: Rule | None) -> list[dict[s
 
     `mark` is by token: hit (fires and predicted), miss, false (predicted only) or nothing; None without a rule.
     """
-    columns = [run.column(name) for name in (f"{kind}_context", f"{kind}_position", f"{kind}_activations", "contexts")]
-    if any(column is None for column in columns) or run.explanation is None:
+    columns = [run.rows(name) for name in (f"{kind}_context", f"{kind}_position", f"{kind}_activations")]
+    contexts, documents, places = (run.rows(f"contexts{name}") for name in ("", "_document", "_position"))
+    if contexts is None or run.explanation is None:
         return None
-    context, position, activations, contexts = (np.asarray(c) for c in columns)
+    own = [column[latent] for column in columns if column is not None]
+    if len(own) < len(columns):
+        return None
+    context, position, activations = own
     first = run.explanation.manifest["first_position"]
-    documents, places = run.column("contexts_document"), run.column("contexts_position")
-    each = len(context[latent]) // max(1, run.explanation.manifest["n_quantile_bands"])
+    each = len(context) // max(1, run.explanation.manifest["n_quantile_bands"])
     found = []
-    for slot in np.flatnonzero(context[latent] >= 0).tolist():
-        row, values = int(context[latent, slot]), activations[latent, slot].astype(np.float64)
+    for slot in np.flatnonzero(context >= 0).tolist():
+        row, values = int(context[slot]), activations[slot].astype(np.float64)
         ids = contexts[row].tolist()
-        at = int(position[latent, slot])
+        at = int(position[slot])
         found.append(
             {
                 "slot": slot,
@@ -160,7 +166,7 @@ def predict(rule: Rule, tokens: list[int]) -> list[float]:
 
 def votes(run: Run, latent: int) -> dict[str, list[dict[str, Any]]] | None:
     """Tokens whose logits the latent's direction raises and lowers most; None when not computed."""
-    if run.column("lens_up") is None:
+    if run.rows("lens_up") is None:
         return None
     return {side: _tokens(run, f"lens_{side}", f"lens_{side}_values", latent) for side in ("up", "down")}
 
@@ -176,13 +182,13 @@ def ablations(run: Run, latent: int) -> list[dict[str, Any]] | None:
         return None
     top, row = examples(run, latent, "top", None) or [], here[0]
     slots = {example["slot"]: example for example in top}
-    which, kl, delta = (np.asarray(run.column(f"ablation_{name}")) for name in ("examples", "kl", "delta_ce"))
+    which, kl, delta = (_row(run, f"ablation_{name}", row) for name in ("examples", "kl", "delta_ce"))
     found = []
-    for x, slot in enumerate(which[row].tolist()):
+    for x, slot in enumerate(which.tolist()):
         if slot not in slots:
             continue
-        effect = {"kl": [_finite(v) for v in kl[row, x]], "delta_ce": [_finite(v) for v in delta[row, x]]}
-        ids = np.asarray(run.column("contexts"))[int(np.asarray(run.column("top_context"))[latent, slot])].tolist()
+        effect = {"kl": [_finite(v) for v in kl[x]], "delta_ce": [_finite(v) for v in delta[x]]}
+        ids = _row(run, "contexts", int(_row(run, "top_context", (latent, slot)))).tolist()
         tokens = [text.token(run.token(t)) for t in ids]
         after = [
             {"position": at, "token": tokens[at], "votes": _votes(run, (row, x, at))}
@@ -204,7 +210,7 @@ def effect_scales(found: list[dict[str, Any]] | None) -> dict[str, float]:
 
 def _votes(run: Run, at: tuple[int, int, int]) -> dict[str, list[dict[str, Any]]]:
     """By name of VOTES the tokens that move most in one prediction; an older explanation has not all of them."""
-    names = [name for name in VOTES if run.column(f"ablation_{name}") is not None]
+    names = [name for name in VOTES if run.rows(f"ablation_{name}") is not None]
     return {name: _tokens(run, f"ablation_{name}", f"ablation_{name}_values", at)[:N_VOTES] for name in names}
 
 
@@ -212,9 +218,9 @@ def _most_moved(run: Run, side: str, at: tuple[int, int], tokens: list[str]) -> 
     """The tokens that move most in any prediction, with the token that was predicted there."""
     found, where = (
         _tokens(run, f"ablation_{side}", f"ablation_{side}_values", at),
-        run.column(f"ablation_{side}_position"),
+        run.rows(f"ablation_{side}_position"),
     )
-    places = [-1] * len(found) if where is None else np.asarray(where)[at].tolist()
+    places = [-1] * len(found) if where is None else where[at].tolist()
     return [{**v, "predicting": tokens[t] if t >= 0 else None} for v, t in zip(found, places, strict=False)]
 
 
@@ -231,10 +237,6 @@ def around(run: Run, latent: int, query: search.Query) -> Around:
     place = int(at[0])
     following = int(found[place + 1]) if place + 1 < len(found) else None
     return Around(place, len(found), int(found[place - 1]) if place else None, following)
-
-
-def _rule(stored: Any) -> Rule | None:
-    return None if stored is None else {tuple(pattern): float(value) for pattern, value in stored}
 
 
 def _shown(run: Run, rule: Rule) -> list[dict[str, Any]]:
@@ -263,10 +265,11 @@ def _marks(rule: Rule, tokens: list[int], values: np.ndarray, first: int) -> lis
 
 
 def _neighbours(run: Run, latent: int, which: str, scores: str) -> list[dict[str, Any]] | None:
-    latents, score = run.column(which), run.column(scores)
+    latents, score = run.rows(which), run.rows(scores)
     if latents is None or score is None:
         return None
-    own = latents[latent][latents[latent] >= 0]
+    own = latents[latent]
+    own = own[own >= 0]
     tokens = run.peak_tokens(own, 12)
     return [
         {"latent": i, "score": float(f"{s:.4g}"), "fires_on": t[:4]}
@@ -274,8 +277,16 @@ def _neighbours(run: Run, latent: int, which: str, scores: str) -> list[dict[str
     ]
 
 
+def _row(run: Run, name: str, at: Any) -> np.ndarray:
+    """A row of a column that is there because the part that makes it has been computed."""
+    column = run.rows(name)
+    if column is None:
+        raise Unavailable(f"{run.folder} has no column {name}, as an explanation with it has; explain the run again")
+    return column[at]
+
+
 def _tokens(run: Run, ids: str, values: str, at: Any) -> list[dict[str, Any]]:
-    tokens, changes = np.asarray(run.column(ids))[at], np.asarray(run.column(values))[at]
+    tokens, changes = _row(run, ids, at), _row(run, values, at)
     return [
         {"token": text.token(run.token(t)), "value": _finite(v)}
         for t, v in zip(tokens.tolist(), changes.tolist(), strict=True)
@@ -288,9 +299,10 @@ def _finite(value: Any) -> float | None:
 
 
 def _latent(run: Run, request: Request) -> int:
-    latent = request.path_params["latent"]
+    given = str(request.path_params["latent"])
+    latent = int(given) if re.fullmatch("[0-9]{1,18}", given) else run.n_latents
     if latent >= run.n_latents:
-        raise HTTPException(404, f"there is no latent {latent}; they are numbered from 0 to {run.n_latents - 1:,}")
+        raise HTTPException(404, f"there is no latent {given}; they are numbered from 0 to {run.n_latents - 1:,}")
     return latent
 
 
@@ -312,9 +324,10 @@ def _page(site: Site, request: Request) -> Response:
 
 def _random(site: Site, request: Request) -> Response:
     """A latent that fires, if any does."""
-    density = site.run.column("density")
+    run = site.run
+    density = run.column("density")
     alive = np.flatnonzero(density > 0) if density is not None else np.arange(0)
-    latent = int(random.choice(alive)) if len(alive) else random.randrange(site.run.n_latents)
+    latent = int(random.choice(alive)) if len(alive) else random.randrange(run.n_latents)
     return RedirectResponse(site.links.page("latent", latent=latent), 307, headers={"cache-control": "no-store"})
 
 
@@ -336,7 +349,7 @@ def _write(site: Site, request: Request) -> dict[str, Any]:
 
 def _form(site: Site, request: Request) -> Response:
     _write(site, request)
-    back = site.links.page("latent", latent=request.path_params["latent"], **request.query_params)
+    back = site.links.page("latent", latent=_latent(site.run, request), **request.query_params)
     return RedirectResponse(back + "#note", 303)
 
 
@@ -353,13 +366,13 @@ _NOTE = {"type": "object", "properties": {"text": {"type": "string"}, "starred":
 
 ENDPOINTS = (
     Endpoint("/latents/random", _random),
-    Endpoint("/latents/{latent:int}", _page, parameters=_STATE),
-    Endpoint("/latents/{latent:int}", _form, parameters=_STATE, method="POST"),
+    Endpoint("/latents/{latent}", _page, parameters=_STATE),
+    Endpoint("/latents/{latent}", _form, parameters=_STATE, method="POST"),
     Endpoint(
-        f"{API}/latents/{{latent:int}}",
+        f"{API}/latents/{{latent}}",
         lambda site, request: view(site.run, _latent(site.run, request)),
         "all about one latent",
     ),
-    Endpoint(f"{API}/latents/{{latent:int}}/note", _write, "write a note or a star", method="PUT", schema=_NOTE),
+    Endpoint(f"{API}/latents/{{latent}}/note", _write, "write a note or a star", method="PUT", schema=_NOTE),
     Endpoint(f"{API}/notes", _notes, "all notes and stars"),
 )

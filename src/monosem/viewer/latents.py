@@ -36,7 +36,7 @@ def rows(run: Run, latents: np.ndarray) -> list[dict[str, Any]]:
     """What the table says of each of the latents; a number that was not computed is None."""
     ids = latents.tolist()
     scalars = {name: column[latents].tolist() for name, column in run.scalars().items()}
-    fires_on, votes = run.peak_tokens(latents, 20), run.column("lens_up")
+    fires_on, votes = run.peak_tokens(latents, 20), run.rows("lens_up")
     raises = [[run.token(t) for t in own] for own in votes[latents, :N_TOKENS].tolist()] if votes is not None else None
     words, notes = run.explanations(ids), run.notes.all()
     return [

@@ -141,6 +141,7 @@ def try_text(
                          f"{live.subject.max_context}")  # fmt: skip
     choice: dict[str, Any] = {"k": k, "threshold": threshold}
     (_, x, _, latents), recons, logits = _run(live, tokens, edits, choice)
+    _check_finite({"recons": recons, **logits}, edits, threshold)
     error = (x - recons).square().sum(-1) / (x - live.autoencoder.weights.pre_bias).square().sum(-1)
     losses = {name: _losses(found, tokens[0]) for name, found in logits.items()}
     return {
@@ -248,6 +249,15 @@ def _check(live: Live, edits: Sequence[Edit], watch: Sequence[int], n_continue: 
         raise ValueError(f"n_continue is {n_continue}; give 0 to {MAX_CONTINUATION}")
     if (edits or n_continue) and not live.subject.has_logits:
         raise ValueError(f"{live.subject.name} is an encoder and predicts no next token, so an edit changes nothing")
+
+
+def _check_finite(found: dict[str, Tensor], edits: Sequence[Edit], threshold: float | None) -> None:
+    """−inf is a logit like others: some models have it for tokens that do not exist."""
+    for name, values in found.items():
+        if not values.amax(-1).isfinite().all():
+            asked = ", ".join(f"{edit.kind} of latent {edit.latent} by {edit.value:g}" for edit in edits)
+            what = f"with the {asked}" if name == "edited" else f"with threshold {threshold}" if threshold else "here"
+            raise ValueError(f"{what} the activations are too large to compute with; give smaller values")
 
 
 def _run(
@@ -358,15 +368,17 @@ def _continuation(
 
 
 def _chooser(seed: int | None) -> Callable[[Tensor], Tensor]:
-    if seed is None:
-        return lambda logits: logits.argmax(-1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed or 0)
 
-    def sample(logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
+    def choose(logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
         """By the inverse of the distribution function, likeliest first: one uniform number for all rows."""
+        if not logits.amax(-1).isfinite().all():
+            raise ValueError("with these edits the activations are too large to go on with; give smaller values")
+        if seed is None:
+            return logits.argmax(-1)
         p, order = logits.double().softmax(-1).sort(descending=True)
         u = torch.rand(1, generator=generator, dtype=torch.float64).to(p)
         rank = (p.cumsum(-1) < u).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
         return order.gather(-1, rank)[:, 0]
 
-    return sample
+    return choose

@@ -10,6 +10,7 @@ RUN/compare/HASH-directions.safetensors and HASH-together.safetensors keep what 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import threading
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from monosem import artifacts
+from monosem.viewer import files
 from monosem.viewer.reading import Run
 
 log = logging.getLogger("monosem")
@@ -74,6 +76,10 @@ class Matching:
     def at(self, share: float) -> None:
         self.done = share
 
+    @property
+    def failed(self) -> bool:
+        return self.future.done() and self.future.exception() is not None
+
 
 _POOL = ThreadPoolExecutor(1, "compare")
 _FOUND: dict[tuple[Any, ...], Matching] = {}
@@ -84,12 +90,18 @@ def matching(a: Run, b: Run, *, keep: bool) -> Matching:
     """`match`, begun once and then kept in memory; of the latest few pairs."""
     key = (a.folder, a.stamp, b.folder, b.stamp)
     with _LOCK:
-        if key not in _FOUND:
+        if key not in _FOUND or _FOUND[key].failed:
+            _FOUND.pop(key, None)
             while len(_FOUND) >= _IN_MEMORY:
                 _FOUND.pop(next(iter(_FOUND)))
             _FOUND[key] = begun = Matching()
-            begun.future = _POOL.submit(match, a, b, keep=keep, at=begun.at)
+            begun.future = _POOL.submit(_match, a, b, keep, begun.at)
         return _FOUND[key]
+
+
+def _match(a: Run, b: Run, keep: bool, at: Callable[[float], None]) -> Matches:
+    with files.reading(f"{a.folder} or {b.folder}"):
+        return match(a, b, keep=keep, at=at)
 
 
 def match(a: Run, b: Run, *, keep: bool = False, at: Callable[[float], None] = lambda share: None) -> Matches:
@@ -199,10 +211,9 @@ class Active:
             yield tokens, latents
 
     def _columns(self, part: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Copies; the files are mapped for as long as this takes, so that they do not fill the memory."""
-        explanation = self.run.explanation
-        assert explanation is not None
-        return tuple(explanation.column(f"top_{name}")[part].copy() for name in ("context", "activations"))  # type: ignore[return-value]
+        context, activations = self.run.rows("top_context"), self.run.rows("top_activations")
+        assert context is not None and activations is not None
+        return context[part], activations[part]
 
 
 def token_numbers(a: Run, b: Run) -> tuple[list[np.ndarray], int]:
@@ -217,11 +228,11 @@ def token_numbers(a: Run, b: Run) -> tuple[list[np.ndarray], int]:
 
 
 def _context_keys(run: Run) -> np.ndarray:
-    assert run.explanation is not None
     names = ("contexts", "contexts_document", "contexts_position")
     keys: Any = 0
     for seed, name in enumerate(names):
-        column = run.explanation.column(name)
+        column = run.rows(name)
+        assert column is not None
         odd = np.random.default_rng(seed).integers(0, 1 << 63, column.shape[1], dtype=np.uint64) * np.uint64(2)
         parts = range(0, len(column), _ROWS_AT_ONCE)
         rows = (column[i : i + _ROWS_AT_ONCE].astype(np.int64).astype(np.uint64) for i in parts)
@@ -230,7 +241,7 @@ def _context_keys(run: Run) -> np.ndarray:
 
 
 class Decoder:
-    """The decoder of a run, some rows at a time from the disk; `ValueError` when it cannot be read."""
+    """The decoder of a run, some rows at a time from the disk; `Unavailable` when it cannot be read."""
 
     def __init__(self, run: Run) -> None:
         folder = run.folder / "autoencoder" if (run.folder / "autoencoder/config.json").exists() else run.folder
@@ -239,25 +250,25 @@ class Decoder:
             run.n_latents,
             run.facts["config"]["d_model"],
         )
-        try:
+        with files.reading(self.path, "restore it from a copy"):
+            if artifacts.sha256_file(self.path) != run.facts["weights_sha256"]:
+                raise ValueError("its sha256 is not the one that its config.json gives")
             with open(self.path, "rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 about = json.loads(file.read(min(size, 1 << 20)))["decoder"]
-            good = about["dtype"] == "F32" and about["shape"] == [self.n, self.width]
+            if about["dtype"] != "F32" or about["shape"] != [self.n, self.width]:
+                raise ValueError(f"it has no decoder of {self.n} x {self.width} in fp32")
             self.start = 8 + size + about["data_offsets"][0]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} cannot be read ({error}); restore it from a copy") from None
-        if not good:
-            raise ValueError(f"{self.path} has no decoder of {self.n} x {self.width} in fp32; restore it from a copy")
 
     def __len__(self) -> int:
         return self.n
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         n = rows.stop - rows.start
-        found = np.fromfile(self.path, "<f4", n * self.width, offset=self.start + 4 * rows.start * self.width)
-        if len(found) != n * self.width:
-            raise ValueError(f"{self.path} is cut short; restore it from a copy")
+        with files.reading(self.path, "restore it from a copy"):
+            found = np.fromfile(self.path, "<f4", n * self.width, offset=self.start + 4 * rows.start * self.width)
+            if len(found) != n * self.width:
+                raise ValueError("it is cut short")
         return found.reshape(n, self.width)
 
 
@@ -294,8 +305,17 @@ def _write(path: Path, of: dict[str, str], best: tuple[Best, Best], chance: floa
     from safetensors.numpy import save_file
 
     tensors = {f"{side}_{n}": x for side, one in zip("ab", best, strict=True) for n, x in one._asdict().items()}
-    said = json.dumps(artifacts.manifest(KIND, {"min_together": MIN_TOGETHER}, of, chance=chance))
+    facts = {"chance": chance, "tensors_sha256": _hash(tensors)}
+    said = json.dumps(artifacts.manifest(KIND, {"min_together": MIN_TOGETHER}, of, **facts))
     artifacts.write_atomic(path, lambda temporary: save_file(tensors, temporary, {"manifest": said}))
+
+
+def _hash(tensors: dict[str, np.ndarray]) -> str:
+    """Hex sha256 of the tensors, with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {x.shape}".encode() + np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()
 
 
 def _read(path: Path, of: dict[str, str]) -> tuple[tuple[Best, Best], float] | None:
@@ -311,8 +331,11 @@ def _read(path: Path, of: dict[str, str]) -> tuple[tuple[Best, Best], float] | N
                 return None
             if said["config"] != {"min_together": MIN_TOGETHER}:
                 return None
-            best = [Best(file.get_tensor(f"{side}_latent"), file.get_tensor(f"{side}_score")) for side in "ab"]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
+            if said["tensors_sha256"] != _hash(tensors):
+                raise ValueError("its sha256 is not the one that it gives")
+            best = [Best(tensors[f"{side}_latent"], tensors[f"{side}_score"]) for side in "ab"]
             return (best[0], best[1]), float(said["chance"])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         log.warning("%s cannot be read (%s); its matches are computed again", path, error)
         return None

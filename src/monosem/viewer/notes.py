@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from monosem.viewer import files
+
 MAX_CHARACTERS = 20_000
 _SCHEMA = """CREATE TABLE IF NOT EXISTS notes
              (latent INTEGER PRIMARY KEY, text TEXT NOT NULL, starred INTEGER NOT NULL, updated TEXT NOT NULL)"""
+_TYPES = [int, str, int, str]
 
 
 class Note(NamedTuple):
@@ -39,10 +41,11 @@ class Notes:
         return list(self._read("WHERE instr(lower(text), lower(?))", (text,)))
 
     def write(self, latent: int, *, text: str | None = None, starred: bool | None = None) -> Note:
-        """The note with what is given changed; `ValueError` when the text is too long."""
+        """The note with what is given changed; `ValueError` when the text is too long or the file cannot be written."""
         if text is not None and len(text) > MAX_CHARACTERS:
             raise ValueError(f"the note has {len(text):,} characters; write at most {MAX_CHARACTERS:,}")
-        with contextlib.closing(sqlite3.connect(self.path, timeout=5)) as file, file:
+        remedy = "nothing was kept: let this user write in its folder, or serve with --read-only"
+        with files.reading(self.path, remedy), contextlib.closing(sqlite3.connect(self.path, timeout=5)) as file, file:
             file.execute(_SCHEMA)
             file.execute("BEGIN IMMEDIATE")
             row = file.execute("SELECT text, starred FROM notes WHERE latent = ?", (latent,)).fetchone() or ("", 0)
@@ -55,18 +58,10 @@ class Notes:
         return new
 
     def _read(self, where: str, values: tuple[object, ...]) -> dict[int, Note]:
-        with reading(self.path) as file:
+        with files.database(self.path) as file:
             if file is None:
                 return {}
-            rows = file.execute(f"SELECT latent, text, starred, updated FROM notes {where}", values)
+            rows = file.execute(f"SELECT latent, text, starred, updated FROM notes {where}", values).fetchall()
+            if wrong := [row for row in rows if [type(value) for value in row] != _TYPES]:
+                raise ValueError(f"the row of latent {wrong[0][0]!r} is none of ours")
             return {latent: Note(text, bool(starred), updated) for latent, text, starred, updated in rows}
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[sqlite3.Connection | None]:
-    """The database, opened read-only; None when there is none."""
-    if not path.exists():
-        yield None
-        return
-    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5)) as file:
-        yield file

@@ -17,8 +17,9 @@ import numpy as np
 
 from monosem import artifacts
 from monosem.explained import ExplainStore
-from monosem.viewer import text
-from monosem.viewer.notes import Notes, reading
+from monosem.viewer import files, text
+from monosem.viewer.files import Rows, Unavailable
+from monosem.viewer.notes import Notes
 
 FIRED_THRESHOLD = 1e-3
 """As `types.FIRED_THRESHOLD`, which is a layer that imports torch."""
@@ -59,17 +60,18 @@ class Run:
     """One run, as it was when this was made; `fresh` says whether it still is so."""
 
     def __init__(self, folder: Path, scaling: Path | None = None) -> None:
-        """`ValueError` when the folder holds no autoencoder or a file in it is not what it should be."""
+        """`Unavailable` when the folder holds no autoencoder or a file in it is not what it should be."""
         self.folder = folder
         self.stamp = self._stamp()
-        self.facts = artifacts.read_manifest(self._autoencoder() / "config.json", "autoencoder")
-        self.n_latents: int = self.facts["config"]["n_latents"]
-        self.report = self._manifest("eval.json", "evaluation")
-        self.explanation, self.trouble = self._explanation()
+        with files.reading(folder):
+            self.facts = artifacts.read_manifest(self._autoencoder() / "config.json", "autoencoder")
+            self.n_latents: int = self.facts["config"]["n_latents"]
+            self.report = self._manifest("eval.json", "evaluation")
+            self.explanation, self.trouble = self._explanation()
         self.notes = Notes(folder / "notes.sqlite")
         self.scaling_folder = scaling if scaling is not None else self.folder.absolute().parent
         self._orders: dict[tuple[str, bool], np.ndarray] = {}
-        self._columns: dict[str, np.ndarray] = {}
+        self._columns: dict[str, np.ndarray | Rows] = {}
 
     @property
     def name(self) -> str:
@@ -77,7 +79,8 @@ class Run:
 
     @property
     def fresh(self) -> bool:
-        return self.stamp == self._stamp()
+        opened = [column for column in list(self._columns.values()) if isinstance(column, Rows)]
+        return self.stamp == self._stamp() and all(column.fresh for column in opened)
 
     @property
     def words(self) -> Path:
@@ -96,11 +99,24 @@ class Run:
         return next((part["left_out"][what] for part in parts if what in part.get("left_out", {})), None)
 
     def column(self, name: str) -> np.ndarray | None:
-        """A column of the explanation, memory-mapped; None when it was not computed."""
+        """A column of one number a row; None when it was not computed."""
+        found = self._column(name)
+        assert not isinstance(found, Rows)
+        return found
+
+    def rows(self, name: str) -> Rows | None:
+        """A column of more than a number a row, on the disk; None when it was not computed."""
+        found = self._column(name)
+        assert not isinstance(found, np.ndarray)
+        return found
+
+    def _column(self, name: str) -> np.ndarray | Rows | None:
         if self.explanation is None or name not in self.explanation:
             return None
         if name not in self._columns:
-            self._columns[name] = self.explanation.column(name)
+            with files.reading(self.explanation.folder / f"{name}.npy", "explain the run again"):
+                found = self.explanation.column(name)
+                self._columns[name] = np.array(found) if found.ndim == 1 else Rows(found)  # type: ignore[arg-type]
         return self._columns[name]
 
     def scalars(self) -> dict[str, np.ndarray]:
@@ -111,14 +127,20 @@ class Run:
     def order(self, name: str, descending: bool) -> np.ndarray:
         """Latents sorted by a column, NaN last."""
         if (name, descending) not in self._orders:
-            column = np.asarray(self.column(name))
+            column = self.column(name)
+            assert column is not None
             self._orders[name, descending] = np.argsort(-column if descending else column, kind="stable").astype("i4")
         return self._orders[name, descending]
 
     @functools.cached_property
     def vocabulary(self) -> list[str]:
         """Text of each token, by id."""
-        return artifacts.read_json(self.folder / "explain/vocabulary.json") if self.explanation is not None else []
+        path = self.folder / "explain/vocabulary.json"
+        with files.reading(path, "explain the run again"):
+            words = artifacts.read_json(path) if self.explanation is not None else []
+            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+                raise ValueError("it is no list of texts")
+            return words
 
     def token(self, token: int) -> str:
         """The text of a token; a sign for an id that the vocabulary does not have."""
@@ -126,7 +148,7 @@ class Run:
 
     def peak_tokens(self, latents: np.ndarray, n: int) -> list[list[str]]:
         """The tokens on which each latent fires most, one of each of its `n` top examples, none twice."""
-        context, position, contexts = (self.column(c) for c in ("top_context", "top_position", "contexts"))
+        context, position, contexts = (self.rows(c) for c in ("top_context", "top_position", "contexts"))
         if context is None or position is None or contexts is None:
             return [[] for _ in latents]
         rows, at = context[latents, :n], position[latents, :n]
@@ -135,24 +157,29 @@ class Run:
 
     def explanations(self, latents: list[int]) -> dict[int, str]:
         """Explanation in words of those of the latents that have one."""
-        with reading(self.words) as file:
+        with files.database(self.words) as file:
             if file is None:
                 return {}
             marks = ",".join("?" * len(latents))
             rows = file.execute(f"SELECT latent, explanation FROM latents WHERE latent IN ({marks})", latents)
             return {latent: text.prose(words) for latent, words in rows if words}
 
-    def rule(self, latent: int) -> Any:
-        """The latent's N2G rule, as it is stored; None without one."""
-        with reading(self.words) as file:
+    def rule(self, latent: int) -> dict[tuple[int, ...], float] | None:
+        """The latent's N2G rule: patterns with their activations; None without one."""
+        with files.database(self.words) as file:
             row = file and file.execute("SELECT n2g_rule FROM latents WHERE latent = ?", (latent,)).fetchone()
-            return json.loads(row[0]) if row and row[0] else None
+            if not row or not row[0]:
+                return None
+            found = {tuple(pattern): float(value) for pattern, value in json.loads(row[0])}
+            if not all(pattern and all(type(step) is int for step in pattern) for pattern in found):
+                raise ValueError(f"the rule of latent {latent} is none of ours")
+            return found
 
     def _autoencoder(self) -> Path:
         for folder in (self.folder / "autoencoder", self.folder):
             if (folder / "config.json").exists():
                 return folder
-        raise ValueError(f"{self.folder} holds no autoencoder; give the folder of a finished run (monosem run)")
+        raise Unavailable(f"{self.folder} holds no autoencoder; give the folder of a finished run (monosem run)")
 
     def _explanation(self) -> tuple[ExplainStore | None, str | None]:
         """The explanation, or why there is none that can be shown; neither before `explain` has begun."""
@@ -171,6 +198,6 @@ class Run:
         path = self.folder / name
         return artifacts.read_manifest(path, kind) if path.exists() else None
 
-    def _stamp(self) -> tuple[int, ...]:
-        files = ("explain/manifest.json", "explain/words.sqlite", "eval.json", "autoencoder/config.json", "config.json")
-        return tuple(p.stat().st_mtime_ns if (p := self.folder / name).exists() else 0 for name in files)
+    def _stamp(self) -> tuple[files.Stamp, ...]:
+        names = ("explain/manifest.json", "explain/words.sqlite", "eval.json", "autoencoder/config.json", "config.json")
+        return tuple(files.stamp(self.folder / name) for name in names)

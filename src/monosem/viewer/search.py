@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-import sqlite3
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from monosem.viewer.notes import reading
+from monosem.viewer import files
 from monosem.viewer.reading import COLUMNS, Run
 
 PAGE_ROWS = 50
@@ -93,8 +92,8 @@ def select(run: Run, query: Query) -> Found:
         column = _column(run, name)
         keep &= (column >= low) & (column <= high)
     if query.starred:
-        starred = [latent for latent, note in run.notes.all().items() if note.starred and latent < run.n_latents]
-        keep &= _among(run, np.array(starred, dtype=np.int32))
+        starred = [latent for latent, note in run.notes.all().items() if note.starred and 0 <= latent < run.n_latents]
+        keep &= _among(run, np.array(starred, dtype=np.int64))
     order, words = np.arange(run.n_latents, dtype=np.int32), "by number"
     if query.text:
         found = matching(run, query.text)
@@ -113,22 +112,19 @@ def matching(run: Run, words: str) -> Found:
     """Latents with every word of `words` in their explanation, tokens, examples or note; of three letters or more the
     beginning of a word is enough. Best first, but by number where over MOST_RANKED match: ranking them would take long.
     """
-    latents, order = np.array([], dtype=np.int32), "best match first"
+    latents, order = np.array([], dtype=np.int64), "best match first"
     terms = _WORD.findall(words)
-    with reading(run.words) as file:
+    with files.database(run.words) as file:
         if file is not None and terms:
             match = " ".join(f'"{term}"*' if len(term) > 2 else f'"{term}"' for term in terms)
             sql = "SELECT rowid FROM latents_fts WHERE latents_fts MATCH ?"
-            try:
-                latents = np.fromiter((row[0] for row in file.execute(sql, (match,))), dtype=np.int32)
-                if len(latents) > MOST_RANKED:
-                    order = "by number"
-                else:
-                    ranked = file.execute(f"{sql} ORDER BY rank", (match,))
-                    latents = np.fromiter((row[0] for row in ranked), dtype=np.int32)
-            except sqlite3.DatabaseError as error:
-                raise ValueError(f"{run.words} cannot be searched ({error}); {run.command('words')}") from None
-    noted = np.array(run.notes.containing(words), dtype=np.int32)
+            latents = np.fromiter((row[0] for row in file.execute(sql, (match,))), dtype=np.int64)
+            if len(latents) > MOST_RANKED:
+                order = "by number"
+            else:
+                ranked = file.execute(f"{sql} ORDER BY rank", (match,))
+                latents = np.fromiter((row[0] for row in ranked), dtype=np.int64)
+    noted = np.array(run.notes.containing(words), dtype=np.int64)
     every = np.concatenate([latents, noted[~np.isin(noted, latents)]])
     return Found(every[(every >= 0) & (every < run.n_latents)], order)
 

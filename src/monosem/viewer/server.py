@@ -72,7 +72,7 @@ def openapi(endpoints: tuple[Endpoint, ...]) -> dict[str, Any]:
     for endpoint in endpoints:
         if not endpoint.path.startswith(API):
             continue
-        path = endpoint.path.removeprefix(API).replace(":int}", "}")
+        path = endpoint.path.removeprefix(API)
         query: list[dict[str, Any]] = [
             {"name": name, "in": "query", "description": meaning, "schema": {"type": "string"}}
             for name, meaning in endpoint.parameters.items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +15,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from monosem.config import activation_facts
-from monosem.viewer import text, web
+from monosem.viewer import files, text, web
 from monosem.viewer.reading import Run
 from monosem.viewer.web import API, Endpoint, Site
 
 MAX_WAITING = 8
 N_FIRES_ON = 4
+LARGEST = 3.4e38
+"""About what a number in float32 can be."""
 PARAMETERS = {
     "text": "the text",
     "k": "how many latents a token keeps",
@@ -101,7 +102,8 @@ def _loaded(folder: Path, weights_sha256: str, model: str | None) -> Any:
     """The model of a run, kept until other weights are asked for."""
     from monosem.viewer import live
 
-    return live.load(str(folder), model=model)
+    with files.reading(folder):
+        return live.load(str(folder), model=model)
 
 
 def _checked(sent: dict[str, Any]) -> dict[str, Any]:
@@ -140,8 +142,8 @@ def _number(sent: dict[str, Any], name: str, *, whole: bool = False) -> Any:
         return None
     if whole:
         return _whole(value, name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; give a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+        raise ValueError(f"{name} is {value!r}; give a number of at most {LARGEST:.2g} in size")
     return float(value)
 
 

@@ -14,17 +14,20 @@ from urllib.parse import parse_qs, quote, urlencode, urlsplit
 import jinja2
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from monosem.viewer import text
+from monosem.viewer.files import Unavailable
 from monosem.viewer.reading import COLUMNS, Run
 
 HERE = Path(__file__).parent
 API = "/api/v1"
 MAX_BODY_BYTES = 1 << 20
+MAX_SHOWN = 500
+"""Characters of what somebody sent, in a message about it."""
 HOSTS = ("127.0.0.1", "localhost")
 THEMES = ("light", "dark")
 PAGES = {
@@ -104,7 +107,7 @@ class Site:
             if not self._run.fresh:
                 try:
                     self._run = Run(self._folder, self._scaling)
-                except ValueError as error:
+                except Unavailable as error:
                     self._run.trouble = str(error)
             return self._run
 
@@ -124,20 +127,52 @@ class Endpoint(NamedTuple):
 
 
 def route(site: Site, endpoint: Endpoint) -> Route:
-    """The endpoint as Starlette's: a `ValueError` is the asker's mistake (400)."""
+    """The endpoint as Starlette's: a `ValueError` is the asker's mistake (400), `Unavailable` the files' (503).
+
+    What fails in another way while a stage writes to the run is asked again, once, of the run as it then is.
+    """
 
     async def answer(request: Request) -> Response:
-        request.state.body = await request.body()
+        try:
+            request.state.body = await request.body()
+        except ClientDisconnect:
+            raise HTTPException(400, "the body ended early") from None
         if unknown := sorted(set(request.query_params) - set(endpoint.parameters) - {"theme"}):
             allowed = ", ".join(endpoint.parameters) or "none"
-            raise HTTPException(400, f"there is no parameter {', '.join(unknown)}; there are: {allowed}")
+            raise HTTPException(400, _short(f"there is no parameter {', '.join(unknown)}; there are: {allowed}"))
         try:
-            found = await run_in_threadpool(endpoint.answer, site, request)
+            found = await run_in_threadpool(_answered, site, endpoint, request)
+        except Unavailable as error:
+            raise HTTPException(503, _short(str(error))) from error
         except ValueError as error:
-            raise HTTPException(400, str(error)) from error
+            raise HTTPException(400, _short(str(error))) from error
         return found if isinstance(found, Response) else json_response(found)
 
     return Route(endpoint.path, answer, methods=[endpoint.method])
+
+
+def _answered(site: Site, endpoint: Endpoint, request: Request) -> Response | dict[str, Any]:
+    run = site.run
+    try:
+        return endpoint.answer(site, request)
+    except Exception:
+        if run.fresh or request.method != "GET":
+            raise
+    run = site.run
+    try:
+        return endpoint.answer(site, request)
+    except (ValueError, HTTPException):
+        raise
+    except Exception as error:
+        if run.fresh:
+            raise
+        reason = run.trouble or f"{run.folder} is being written to; load the page again"
+        raise Unavailable(reason) from error
+
+
+def _short(reason: str) -> str:
+    """The reason, without the middle of something long in it that somebody sent."""
+    return reason if len(reason) <= 2 * MAX_SHOWN else f"{reason[:MAX_SHOWN]} … {reason[-MAX_SHOWN:]}"
 
 
 def json_response(data: Any, status: int = 200) -> Response:
@@ -255,7 +290,7 @@ def _refusal(scope: Scope) -> tuple[int, str] | None:
     if headers.get(b"sec-fetch-site") == b"cross-site" and scope["path"].startswith(API):
         return 403, "the API answers to its own pages only"
     length = headers.get(b"content-length", b"0")
-    if not length.isdigit() or int(length) > MAX_BODY_BYTES:
+    if not length.isdigit() or len(length) > 15 or int(length) > MAX_BODY_BYTES:
         return 413, _TOO_LARGE
     return None
 
