@@ -61,7 +61,7 @@ def the_error(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_a_closed_stream_stops_nothing(number: int, run: Path) -> None:
-    closed = {"preexec_fn": lambda: os.close(number)}
+    closed: dict[str, Any] = {"preexec_fn": lambda: os.close(number)}
     done = command("plan", "--scaling", run / "none.json", "--flops", "1", **closed)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     done = command("--version", **closed)

@@ -243,13 +243,12 @@ def test_an_export_makes_nothing_when_one_of_its_outputs_cannot_be_made(made: Pa
 
 def test_a_refused_command_leaves_no_folder(made: Path, tiny_corpus: Path, tmp_path: Path) -> None:
     store = made / "run/store"
-    for config, refused in (
-        (training(store, tmp_path / "a/run", impl="triton", precision="auto"), train),
-        (training(tmp_path, tmp_path / "a/run"), train),
-        (harvesting(made, tmp_path / "no.jsonl", tmp_path / "b/store"), harvest),
-    ):
-        with pytest.raises(ValueError):
-            refused(config)  # type: ignore[operator]
+    with pytest.raises(ValueError):
+        train(training(store, tmp_path / "a/run", impl="triton"))
+    with pytest.raises(ValueError):
+        train(training(tmp_path, tmp_path / "a/run"))
+    with pytest.raises(ValueError):
+        harvest(harvesting(made, tmp_path / "no.jsonl", tmp_path / "b/store"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -33,6 +33,7 @@ from monosem.evals import (
     tasks,
 )
 from monosem.evals.bootstrap import clusters_of
+from monosem.evals.tasks import Task
 from monosem.logs import progress
 from monosem.model import Autoencoder
 from monosem.n2g import LatentReader
@@ -105,7 +106,7 @@ class Shared:
             self._tasks[source] = tasks.load(source)
         return self._tasks[source]
 
-    def some_tasks(self, source: str, n: int) -> list[tasks.Task]:
+    def some_tasks(self, source: str, n: int) -> list[Task]:
         """At most `n` of the source's, spread evenly."""
         found = self.tasks(source)
         return [found[i * len(found) // n] for i in range(n)] if n < len(found) else found
