@@ -16,7 +16,8 @@ demo: install
 	@$(BIN)/monosem explain runs/demo
 	@echo "to look at it: $(BIN)/monosem serve runs/demo"
 
-# Every metric of the paper, and rules, effects and labelled tasks of more latents: half an hour more, for pages without gaps.
+# Every metric of the paper, and rules, effects and labelled tasks of more latents, for pages without gaps: half an hour more with
+# AMX, twice that without.
 demo-full: demo
 	@$(BIN)/monosem eval runs/demo --suite quick
 	@$(BIN)/monosem explain runs/demo --n2g 1024 --ablations 256 --tasks gao61

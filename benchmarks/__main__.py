@@ -14,6 +14,8 @@ from benchmarks import explain, harvest, report, train
 
 STAGES = {"train": train, "harvest": harvest, "explain": explain}
 RESULTS = Path(__file__).parent / "results"
+ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MONOSEM_NATIVE_LEVEL", "MKL_ENABLE_INSTRUCTIONS")
+"""Environment variables that hold all implementations to older instructions: part of the command."""
 
 
 def main(arguments: list[str]) -> int:
@@ -57,7 +59,8 @@ def parser() -> argparse.ArgumentParser:
 def _command(options: argparse.Namespace, arguments: list[str]) -> str:
     """What to type for the same measurement: where its results went does not matter."""
     places = {"--json", "--out", options.json, options.out}
-    return "python -m benchmarks " + shlex.join(word for word in arguments if word not in places)
+    held = "".join(f"{name}={os.environ[name]} " for name in ISA_VARIABLES if name in os.environ)
+    return f"{held}python -m benchmarks " + shlex.join(word for word in arguments if word not in places)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 ABOUT = {
     "harvest": "`activations.capture_block`, the forward pass of a harvest to the store's site, in its dtype; "
-    "*compiled* is what a harvest of 2M activations or more in bf16 on a CPU does.",
+    "*compiled* is what a large harvest on a CPU does.",
     "pass": "`explanations.seen.Seen.add_all`: read a block, normalise, encode, group by latent, moments, top and "
     "sampled contexts; the next block is encoded by a second thread meanwhile.",
     "once": "What follows the pass once, whatever its length: columns, choice of examples, neighbours by activation. "

@@ -32,9 +32,9 @@ class Job(NamedTuple):
 
 ABOUT = {
     "monosem": "`activations.LiveSource`, the forward pass of a harvest: leaves the model after the site. "
-    "Its default is bf16.",
-    "monosem-compiled": "`activations.capture_block(compiled=True)`, the forward pass of a harvest of 2M activations "
-    "or more in bf16: the blocks before the site go through torch.compile, before the timed chunks (20 s, later 3 s).",
+    "Its default is what is faster here.",
+    "monosem-compiled": "`activations.capture_block(compiled=True)`, the forward pass of a large harvest on a CPU: "
+    "the blocks before the site go through torch.compile, before the timed chunks (20 s, later 3 s).",
     "sae-lens": "`ActivationsStore.get_raw_llm_batch` on `AutoModelForCausalLM` and a tokenised dataset: leaves the "
     "model after the site, copies into fp32. Its default is the dtype of the checkpoint, fp32 here.",
     "sparsify": "The forward pass of `Trainer.fit`: `AutoModel` with a hook, all layers, no logits. Its default off "

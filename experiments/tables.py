@@ -24,10 +24,13 @@ from typing import Any
 RESULTS = Path("results/smollm2-135m-instruct-q4_1")
 PAGES = (Path("README.md"), Path("docs/reproduce.md"), Path("docs/performance.md"))
 BENCHMARK = Path("benchmarks/results/train-cpu.csv")
+BENCHMARKS = {"AMX": BENCHMARK, "AVX-512": BENCHMARK.parent / "avx512" / BENCHMARK.name}
+"""By the instructions that our kernels could use."""
 STAGES = ("fetch", "harvest", "train", "evaluate", "explain", "total")
 LEVELS = {
     "amx": "AMX",
     "avx512": "AVX-512",
+    "avxvnni": "AVX2 with VNNI",
     "avx2": "AVX2",
     "portable": "no vector unit known",
     "torch": "not compiled",
@@ -89,24 +92,25 @@ def seconds() -> str:
 
 def speed() -> str:
     """A training step beside other libraries': times as fast as the fastest of them, at each size."""
-    with open(BENCHMARK, newline="") as file:
-        found = [row for row in csv.DictReader(file) if "+" not in row["impl"]]
-    sizes = list(dict.fromkeys((row["n_latents"], row["batch"]) for row in found))
-    cells: dict[str, dict[tuple[str, str], str]] = {}
-    for r in found:
-        name = r["impl"] + (" (fastest peer)" if r["impl"] == r["fastest_peer"] else "")
-        cell = r["status"] if r["status"] != "ok" else f"{float(r['ms_median']):.0f} ms, "
-        cell += "" if r["status"] != "ok" else f"{float(r['speedup_vs_fastest_peer']):.2g} ×"
-        cells.setdefault(name, {}).setdefault((r["n_latents"], r["batch"]), cell)
-    head = ["", *(f"n_latents {int(n):,}, batch {int(batch):,}" for n, batch in sizes)]
-    return markdown(head, [[name, *(by_size[size] for size in sizes)] for name, by_size in cells.items()])
+    columns: list[str] = []
+    cells: dict[str, dict[str, str]] = {}
+    for level, path in BENCHMARKS.items():
+        with open(path, newline="") as file:
+            found = [row for row in csv.DictReader(file) if "+" not in row["impl"]]
+        for r in found:
+            column = f"{level}, n_latents {int(r['n_latents']):,}, batch {int(r['batch']):,}"
+            name = r["impl"] + (" (fastest peer)" if r["impl"] == r["fastest_peer"] else "")
+            cell = r["status"] if r["status"] != "ok" else f"{float(r['ms_median']):.0f} ms, "
+            cell += "" if r["status"] != "ok" else f"{float(r['speedup_vs_fastest_peer']):.2g} ×"
+            cells.setdefault(name, {}).setdefault(column, cell)
+            columns += [] if column in columns else [column]
+    return markdown(["", *columns], [[name, *(by.get(c, "") for c in columns)] for name, by in cells.items()])
 
 
 def floors() -> str:
     """Share of the floor and cost of AuxK of our compiled steps, by the instructions that they may use."""
-    levels = {"AMX": BENCHMARK, "AVX-512 (forced)": BENCHMARK.parent / "avx512" / BENCHMARK.name}
     rows = []
-    for level, path in levels.items():
+    for level, path in BENCHMARKS.items():
         with open(path, newline="") as file:
             found = [r for r in csv.DictReader(file) if r["impl"].startswith("native") and r["n_latents"] == "16384"]
         for r in found:

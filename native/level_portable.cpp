@@ -40,7 +40,8 @@ inline uint32_t at_least(Vec a, Vec b) {
 #else
   const auto passed = a >= b;
   uint32_t mask = 0;
-  for (int i = 0; i < kLanes; ++i) mask |= (passed[i] ? 1u : 0u) << i;
+  for (int i = 0; i < kLanes; ++i)
+    if (passed[i]) mask |= 1u << i;
   return mask;
 #endif
 }

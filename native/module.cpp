@@ -71,6 +71,8 @@ nb::dict as_dict(const monosem::RowsStats& stats) {
   d["n_rerun"] = stats.n_rerun;
   d["n_audited"] = stats.n_audited;
   d["n_missed"] = stats.n_missed;
+  d["recall"] = nb::none();
+  if (stats.n_audited) d["recall"] = 1 - static_cast<double>(stats.n_missed) / static_cast<double>(stats.n_audited);
   d["product_s"] = 1e-9 * static_cast<double>(stats.product_ns);
   return d;
 }

@@ -124,6 +124,22 @@ def test_a_model_of_text_without_a_head_is_read_for_its_activations(subjects: di
         subject.logits(tokens())
 
 
+@pytest.mark.parametrize(
+    ("names", "has_logits"),
+    [
+        (["LlamaForCausalLM"], True),
+        (["LLaMAForCausalLM"], True),  # as in the first conversions
+        (["MistralForCausalLM"], True),
+        (None, True),
+        (["LlamaModel"], False),
+        (["LlamaForSequenceClassification"], False),
+    ],
+)
+def test_a_causal_model_keeps_its_head(tmp_path: Path, names: list[str] | None, has_logits: bool) -> None:
+    folder = damaged(tiny_lm(tmp_path / "m"), "config.json", config(architectures=names))
+    assert Subject.load(str(folder), dtype="float32", device="cpu").has_logits == has_logits
+
+
 def test_how_long_a_context_may_be(subjects: dict[str, Subject]) -> None:
     """Positions that count from behind the padding token are fewer; some models have no limit."""
     lengths = {kind: subject.max_context for kind, subject in subjects.items()}

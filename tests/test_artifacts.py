@@ -185,7 +185,7 @@ def test_folder_lock_keeps_another_process_out_until_its_holder_ends_or_is_kille
                 pass
             if end == "is killed":
                 holder.send_signal(signal.SIGKILL)
-            holder.communicate(timeout=60)
+            holder.communicate(timeout=300)
         with folder_lock(tmp_path):
             pass
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from monosem import activations, artifacts
+from monosem import activations, artifacts, dtypes
 from monosem.activations import ActivationStore, harvest
 from monosem.config import HarvestConfig
 from monosem.subject import Subject
@@ -118,11 +118,24 @@ def test_a_large_harvest_is_compiled_and_its_manifest_says_so(
     assert not subject.capture(blocks[0], store.site)[:, 1:].equal(expected[: config.block_contexts])
 
 
+@pytest.mark.parametrize(("more", "compiled"), [(0, True), (1, False)])
+def test_a_harvest_that_auto_runs_in_float32_is_compiled_from_fewer_tokens_on(
+    config: HarvestConfig, more: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least = config.n_tokens + config.n_tokens_held_out + more
+    monkeypatch.setattr(activations, "COMPILE_FROM_TOKENS_FP32", least)
+    monkeypatch.setattr(dtypes, "fastest", lambda device: "float32")
+    monkeypatch.setattr(torch, "compile", scaled(1 + 2**-7))
+    store = harvest(config)
+    assert (store.subject_dtype, store.manifest["compiled"]) == ("float32", compiled)
+
+
 @pytest.mark.parametrize("changes", [{"dtype": "float32"}, {"n_tokens": 100}])
 def test_a_small_or_float32_harvest_is_not_compiled(
     config: HarvestConfig, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activations, "COMPILE_FROM_TOKENS", config.n_tokens)
+    for name in ("COMPILE_FROM_TOKENS", "COMPILE_FROM_TOKENS_FP32"):
+        monkeypatch.setattr(activations, name, config.n_tokens)
     monkeypatch.setattr(torch, "compile", None)
     assert harvest(dataclasses.replace(config, **changes)).manifest["compiled"] is False
 

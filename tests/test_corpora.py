@@ -105,6 +105,9 @@ def test_the_column_can_be_named(tmp_path: Path) -> None:
     assert list(documents(str(tmp_path), "content")) == ["one", "two"]
     with pytest.raises(ValueError, match="has no column 'body' but text, content; say which"):
         read(str(tmp_path / "b.csv"), "body")
+    (tmp_path / "c.txt").write_text("three", "utf-8")
+    with pytest.raises(ValueError, match=r"text_column is 'body', but corpus .* has \.txt files alone; leave it out"):
+        read(str(tmp_path / "c.txt"), "body")
     for named in ("sae-probes-text", "python-docstrings"):
         with pytest.raises(ValueError, match=f"text_column is 'body', but {named} has no columns"):
             read(named, "body")

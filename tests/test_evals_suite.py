@@ -23,6 +23,7 @@ from monosem.model import Autoencoder
 from monosem.subject import Subject
 from monosem.training import train
 from tiny import D_MODEL, tiny_texts
+from zoo import write
 
 TINY = {
     "reconstruction": {},
@@ -43,7 +44,10 @@ NAMES = (
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> EvalConfig:
     """A short run on contexts long enough to ablate in, and three small labelled sets."""
-    out = tmp_path_factory.mktemp("suite")
+    return run_of(tiny_model, "resid_post_mlp", tmp_path_factory.mktemp("suite"))
+
+
+def run_of(subject: Path, location: str, out: Path) -> EvalConfig:
     texts = tiny_texts(400)
     (out / "text.jsonl").write_text("".join(json.dumps({"text": text[-200:]}) + "\n" for text in texts), "utf-8")
     (out / "tasks").mkdir()
@@ -53,9 +57,9 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> EvalConfi
         (out / "tasks" / f"{name}.csv").write_text("text,label\n" + "\n".join(rows) + "\n", "utf-8")
     harvest(
         HarvestConfig(
-            out=str(out / "store"), model=str(tiny_model), corpus=str(out / "text.jsonl"), context_length=32,
+            out=str(out / "store"), model=str(subject), corpus=str(out / "text.jsonl"), context_length=32,
             n_tokens=2000, n_tokens_held_out=1500, held_out_fraction=0.4, dtype="float32", block_contexts=8,
-            device="cpu",
+            device="cpu", location=location,
         )
     )  # fmt: skip
     train(TrainConfig(out=str(out), store=str(out / "store"), n_latents=48, k=4, n_tokens=3000, batch_size=100))
@@ -80,6 +84,34 @@ def test_the_suite_gives_every_metric_with_n_and_interval(run: EvalConfig) -> No
     assert [name for name in report["metrics"] if definition(name) is None] == []
     assert "Others" not in sections(report["metrics"])
     assert evaluate(dataclasses.replace(run, suite="basic")) == report, "it is not replaced by less"
+
+
+@pytest.mark.parametrize(
+    ("kind", "location"),
+    [
+        ("llama", "attn_z"),
+        ("gemma2", "mlp_post_act"),
+        ("mamba", "backbone.layers.1.mixer.out_proj:input"),
+        ("opt-projected", "model.decoder.layers.1.self_attn.v_proj"),
+        ("distilbert", "transformer.layer.1.attention"),
+    ],
+)
+def test_the_suite_at_any_site_leaves_out_only_what_cannot_be_known(
+    kind: str, location: str, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "monosem")
+    subject = tiny_model if kind == "llama" else write(tmp_path / "model", kind)
+    report = evaluate(run_of(subject, location, tmp_path))
+    predicted = {
+        name for name in NAMES if name.startswith(("n2g", "explanation", "ablation", "progressive_delta", "kl"))
+    }
+    lacking = predicted if kind == "distilbert" else set()
+    assert set(NAMES) - report["metrics"].keys() == lacking
+    assert ("is an encoder and predicts no next token" in caplog.text) == bool(lacking)
+    assert report["run"]["site"]["location"] == location
+    if not lacking:
+        zero, own = (report["metrics"][name]["value"] for name in ("kl_zero_ablation", "kl"))
+        assert zero > 0 and own > 0, "what is put at the site is read"
 
 
 def test_evaluations_that_share_load_a_subject_once(run: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:

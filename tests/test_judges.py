@@ -159,3 +159,26 @@ def test_an_endpoint_that_refuses_or_a_missing_key_says_what_to_do(stub: tuple[s
         judges.endpoint(url, "tiny")("hello")
     with pytest.raises(ValueError, match="set it to the key of"):
         judges.endpoint(url, "tiny", key_variable="MONOSEM_NO_SUCH_KEY")("hello")
+
+
+def test_answers_keep_a_last_line_without_an_end_and_drop_a_torn_one(tmp_path: Path) -> None:
+    def line(prompt: str) -> str:
+        return json.dumps({"judge": "a", "prompt": prompt, "answer": prompt.upper()})
+
+    def unasked(prompt: str) -> str:
+        raise AssertionError(prompt)
+
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(f"\ufeff{line('one')}\r\n\r\n{line('two')}".encode())
+    assert [Answers(path, "a", unasked)(prompt) for prompt in ("one", "two")] == ["ONE", "TWO"]
+    Answers(path, "a", str.upper)("three \ud83d")
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"judge": "a", "pro')
+    again = Answers(path, "a", unasked)
+    assert [again(prompt) for prompt in ("one", "two", "three \ud83d")] == ["ONE", "TWO", "THREE \ud83d"]
+    assert path.read_text("utf-8").endswith("}\n")
+    for other in (b"\x1f\x8b\x08\n", "{}\n".encode("utf-16"), b"[" * 100_000 + b"\n"):
+        path.write_bytes(other)
+        with pytest.raises(ValueError, match="line 1 is no answer of a judge"):
+            Answers(path, "a", unasked)
+        assert path.read_bytes() == other

@@ -81,6 +81,17 @@ def close(found: Any, wanted: Tensor) -> bool:
     return torch.allclose(torch.as_tensor(found), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_control_tokens_that_are_written_out_are_read_as_such(tried: live.Live) -> None:
+    tokenizer = tried.subject.tokenizer
+    found = live.try_text(tried, "<s>one</s> two\r\nthree\0\ud83d")
+    ids = [row["id"] for row in found["tokens"]]
+    one, two = token_ids(tokenizer, ["one", " two\nthree ?"])
+    assert ids == [tokenizer.bos_token_id, *one, tokenizer.eos_token_id, *two]
+    assert found["control_tokens"] == ["</s>"]  # the first is put before every text
+    assert live.try_text(tried, "<s>one")["tokens"] == live.try_text(tried, "one")["tokens"]
+    assert live.try_text(tried, "one < /s>")["control_tokens"] == []
+
+
 def test_numbers_of_every_token_are_those_of_the_definition(tried: live.Live) -> None:
     found, dense = live.try_text(tried, TEXT), Dense(tried, TEXT)
     assert [row["id"] for row in found["tokens"]] == dense.tokens[0].tolist()
@@ -230,6 +241,16 @@ def test_a_subject_that_changed_is_refused(run: Path, tmp_path: Path) -> None:
         live.load(str(tmp_path), device="cpu")
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("delimiter", [",", "\t", ";"])
+def test_a_pasted_table_is_read_as_a_file_is(tried: live.Live, end: str, delimiter: str) -> None:
+    plain = table()
+    header, *rows = [line.rsplit(",", 1) for line in plain.splitlines()]
+    pasted = end.join(delimiter.join((text.strip('"') + " \0\ud83d", label)) for text, label in rows)
+    found = live.try_labelled(tried, f"\ufeff{end}text{delimiter}label{end}{pasted}{end}")
+    assert header == ["text", "label"] and found["n_train"] == live.try_labelled(tried, plain)["n_train"]
+
+
 def table(n: int = 60) -> str:
     """Texts that are told apart by one word, in n rows."""
     rows = [f'"{word} was seen near {i * 7919 % 97} houses",{word}' for i in range(n // 2) for word in ("the", "in")]
@@ -264,7 +285,7 @@ def test_labels_that_a_latent_knows_are_found_and_shuffled_ones_are_not(tried: l
         (table(502), r"502 rows; give at most 500"),
         ("text,label\na,1\nb,2\nc,3\n", r"third label"),
         ("text,label\na,b,c\n", r"more fields than the header"),
-        ('text,label\n"' + "x" * 200_000 + '",1\n', r"is not CSV"),
+        ('text,label\nx,1\n"' + "x" * 200_000 + ",1\n", r"line 3 is not CSV \(unexpected end"),
     ],
 )
 def test_a_table_that_is_none_is_one_clear_line(tried: live.Live, given: str, message: str) -> None:

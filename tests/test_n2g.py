@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from monosem import n2g
 from monosem.model import Autoencoder, AutoencoderConfig, initial_weights
@@ -228,3 +230,7 @@ def test_an_encoder_is_refused(tmp_path: Path) -> None:
 def test_padding_token_is_the_last_of_space_underscore() -> None:
     tokenizer = tiny_tokenizer()
     assert tokenizer.decode([n2g.padding_token(tokenizer)]) == "_"
+    words = Tokenizer(models.BPE(vocab={"s": 0, "[PAD]": 1}, merges=[]))  # leaves out every other character
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert n2g.padding_token(PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")) == 1
+    assert n2g.padding_token(PreTrainedTokenizerFast(tokenizer_object=words)) == 0

@@ -105,7 +105,7 @@ def test_a_latent_with_an_infinite_threshold_is_never_active(precision: str) -> 
         (lambda x, w: (x, w._replace(encoder=w.encoder.bfloat16()), SPEC, DEAD), "encoder is torch.bfloat16"),
         (lambda x, w: (x, w._replace(decoder=w.decoder.T.contiguous()), SPEC, DEAD), "weights must be"),
         (lambda x, w: (x, w._replace(pre_bias=w.pre_bias[:3]), SPEC, DEAD), "weights must be"),
-        (lambda x, w: (x, w, SPEC, DEAD[:50]), "dead and n_fired must be"),
+        (lambda x, w: (x, w, SPEC, DEAD[:50]), "dead must be"),
         (lambda x, w: (x, w, dataclasses.replace(SPEC, k=0), DEAD), "k must be"),
         (lambda x, w: (x, w, dataclasses.replace(SPEC, k=2**40), DEAD), "k must be"),
         (lambda x, w: (x, w, dataclasses.replace(SPEC, auxk=-1), DEAD), "auxk must not be negative"),
@@ -125,10 +125,10 @@ def test_a_wrong_step_is_refused_in_one_line_and_changes_nothing(change: Any, me
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("gradients", lambda g: g._replace(encoder=g.encoder.double()), "encoder is torch.float64"),
-        ("gradients", lambda g: g._replace(encoder=g.encoder[:5]), "weights must be"),
-        ("first", lambda g: g._replace(decoder=g.decoder[:, :7].contiguous()), "weights must be"),
-        ("second", lambda g: g._replace(decoder=every_other(g.decoder)), "decoder is updated in place"),
+        ("gradients", lambda g: g._replace(encoder=g.encoder.double()), "encoder of gradients is torch.float64"),
+        ("gradients", lambda g: g._replace(encoder=g.encoder[:5]), "encoder of gradients must be"),
+        ("first", lambda g: g._replace(decoder=g.decoder[:, :7].contiguous()), "decoder of first must be"),
+        ("second", lambda g: g._replace(decoder=every_other(g.decoder)), "decoder of second is updated in place"),
         ("first", lambda g: g._replace(pre_bias=g.pre_bias.to("meta")), "on meta"),
     ],
 )

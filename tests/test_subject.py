@@ -441,5 +441,5 @@ def test_a_named_model_is_shown_under_its_full_name(
 
 
 def test_load_draws_nothing(gguf_file: Path, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    Subject.load(str(gguf_file))
+    Subject.load(str(gguf_file.rename(gguf_file.with_name("Tiny Model.GGUF"))))
     assert "%|" not in "".join(capfd.readouterr())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import gzip
 import random
 from collections import Counter
 from pathlib import Path
@@ -48,6 +50,27 @@ def test_load_reads_a_folder_one_task_a_file(tmp_path: Path) -> None:
 def test_load_takes_a_spreadsheets_byte_order_mark(tmp_path: Path) -> None:
     body = "".join(f"{text},{i % 2}\n" for i, text in enumerate(distinct(40)))
     assert len(tasks.load(str(write(tmp_path / "a.csv", "\ufefftext,label\n" + body)))[0].texts) == 40
+
+
+def test_load_reads_tables_however_they_are_written(tmp_path: Path) -> None:
+    """Suffixes in any case, packed, tabs, other line ends and encodings: the same task; hidden files are none."""
+    body = "text,label\n" + "".join(f"{text},{i % 2}\n" for i, text in enumerate(distinct(40)))
+    plain = tasks.load(str(write(tmp_path / "plain.csv", body)))[0]
+    folder = tmp_path / "sets"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    write(folder / "A.CSV", body.replace("\n", "\r\n"))
+    (folder / "b.Csv.GZ").write_bytes(gzip.compress(body.encode("utf-16")))
+    write(folder / "c.tsv", body.replace(",", "\t"))
+    write(folder / "._d.csv", "\0\1")
+    write(folder / ".ipynb_checkpoints" / "e.csv", body)
+    found = tasks.load(str(folder))
+    assert [task.name for task in found] == ["A", "b", "c"]
+    assert all(dataclasses.replace(task, name="plain") == plain for task in found)
+    write(folder / "b.tsv", body)
+    with pytest.raises(ValueError, match=r"b\.Csv\.GZ and .*b\.tsv are tasks of one name; rename one"):
+        tasks.load(str(folder))
+    (broken,) = tasks.load(str(write(tmp_path / "x.csv", body.replace("\n", " \0\r\n").replace("label \0", "label"))))
+    assert broken.texts == plain.texts and broken.values == ("0", "1")
 
 
 @pytest.mark.parametrize(

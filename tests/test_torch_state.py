@@ -264,7 +264,7 @@ except ValueError as error:
     print(error)
 """
     found = [
-        subprocess.run([sys.executable, "-c", f"late = {late}\n{code}"], capture_output=True, text=True, timeout=120)
+        subprocess.run([sys.executable, "-c", f"late = {late}\n{code}"], capture_output=True, text=True, timeout=300)
         for late in (True, False)
     ]
     assert found[0].stdout.strip() == "loaded True", found[0].stderr

@@ -234,12 +234,12 @@ def test_interrupt_saves_and_says_how_to_go_on(number: signal.Signals, store: Pa
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # where the tests run in the background it is ignored
     )
     metrics = MetricsLog(tmp_path / "run" / "metrics.jsonl")
-    for _ in range(600):
+    for _ in range(3000):
         if len(metrics.rows()) > 3 or process.poll() is not None:
             break
         time.sleep(0.1)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert (
         process.returncode == 128 + number and b"run the same command to go on" in errors and b"Traceback" not in errors
     )

@@ -20,6 +20,7 @@ if not kernels.triton_is_installed() and not ("CI" in os.environ and sys.platfor
     pytest.skip("triton is not installed", allow_module_level=True)
 
 ROOT = Path(__file__).parent.parent
+INPUTS = Path(__file__).parent / "test_kernel_inputs.py"
 INTERPRETED = Path(__file__).parent / "triton_interpreted.py"
 
 
@@ -33,7 +34,7 @@ def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess[s
 
 def test_every_kernel_agrees_with_the_definition_in_the_interpreter() -> None:
     options = ("-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning")
-    done = run("-m", "pytest", *options, INTERPRETED, TRITON_INTERPRET="1")
+    done = run("-m", "pytest", *options, INTERPRETED, INPUTS, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]
     assert "passed" in done.stdout and "skipped" not in done.stdout, done.stdout
 

@@ -263,12 +263,12 @@ def test_the_command_serves_until_it_is_told_to_stop(folder: Path) -> None:
         assert server.stderr is not None
         address = server.stderr.readline().split()[1]
         assert address.startswith("http://127.0.0.1:")
-        with urllib.request.urlopen(f"{address}/latents/3", timeout=10) as answer:
+        with urllib.request.urlopen(f"{address}/latents/3", timeout=120) as answer:
             assert b"Latent 3" in answer.read()
-        taken = subprocess.run([*command, address.rpartition(":")[2]], capture_output=True, text=True, timeout=60)
+        taken = subprocess.run([*command, address.rpartition(":")[2]], capture_output=True, text=True, timeout=300)
         assert taken.returncode == 2 and "choose another with --port" in taken.stderr
         server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=10) in (0, 130)
+        assert server.wait(timeout=120) in (0, 130)
 
 
 def test_marks_say_where_the_rule_is_right(folder: Path) -> None:

@@ -148,7 +148,7 @@ def test_texts_wait_for_their_turn_and_not_too_many(client: TestClient, monkeypa
             time.sleep(0.01)
         assert statuses == [503]
     for thread in waiting:
-        thread.join(timeout=20)
+        thread.join(timeout=120)
     assert statuses == [503, 200, 200]
 
 

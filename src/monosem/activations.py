@@ -54,7 +54,9 @@ LARGE_NORM = 10.0
 
 COMPILE_FROM_TOKENS = 2**21
 """Harvests of so many activations in bfloat16 on a CPU compile the subject: up to half a minute once, for a third off
-the rest. In bfloat16 alone, because in float32 matrix products take nearly all of the time."""
+the rest."""
+COMPILE_FROM_TOKENS_FP32 = 2**18
+"""The same in float32, where `auto` chose that: products are slower then, so that it pays sooner (a sixth off)."""
 COMPILED_TOLERANCE = 0.1
 """Compiled activations may differ from the plain ones by so much (relative, over a block); rounding makes it 0.02."""
 
@@ -278,6 +280,8 @@ def _harvest(configs: list[HarvestConfig]) -> None:
             f"context_length is {config.context_length}; {subject.name} reads at most {subject.max_context}: lower it"
         )
     jobs = [_Job(c, subject, subject.site(c.layer, c.location, c.revision)) for c in configs]
+    for job in jobs:
+        subject.site_width(job.site)  # a site without activations shows before the text is read
     sources = {"subject": subject.hash, "tokenizer": subject.tokenizer_hash, "corpus": corpus_hash(config.corpus)}
     for job, plan in zip(jobs, plans, strict=True):
         _go_on(job.out, plan, job.config, sources)
@@ -375,7 +379,8 @@ def _choose_compiled(jobs: list[_Job], plans: list[dict[str, Any] | None], found
     if len(begun) > 1:
         raise ValueError(f"of {', '.join(str(job.out) for job in jobs)} some were begun compiled; harvest them apart")
     n_rows = config.n_tokens + config.n_tokens_held_out
-    pays = n_rows >= COMPILE_FROM_TOKENS and subject.dtype == torch.bfloat16 and subject.device.type == "cpu"
+    least = COMPILE_FROM_TOKENS if subject.dtype == torch.bfloat16 else COMPILE_FROM_TOKENS_FP32
+    pays = n_rows >= least and config.dtype != "float32" and subject.device.type == "cpu"
     wanted = begun.pop() if begun else pays
     if not wanted or not (problem := _compile(jobs, found.tokens[: config.block_contexts])):
         return wanted

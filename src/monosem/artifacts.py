@@ -23,6 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from monosem import textfiles
+
 FORMAT_VERSION = 1
 _HASH_CHUNK = 1 << 22
 
@@ -151,12 +153,8 @@ def read_json(path: str | Path) -> Any:
         return found
 
     try:
-        return json.loads(Path(path).read_text("utf-8"), object_pairs_hook=once)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); give a JSON file that can") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(textfiles.read_text(Path(path)), object_pairs_hook=once)
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); delete it or restore it from a copy") from None
 
 

@@ -345,7 +345,7 @@ class ExplainConfig:
     """For a subject that has moved since: --model PATH says where it lies now; its hash must be the same."""
     n_tokens: int = 1_048_576
     """Tokens to look at (fewer if the store has fewer)."""
-    n2g: int | Literal["all"] = 64
+    n2g: int | Literal["all"] = 48
     """Latents that get an N2G rule with its recall and precision, drawn among those that fire: a second or so each;
     more add to what is there, and 0 makes none."""
     ablations: int | Literal["all"] = 32

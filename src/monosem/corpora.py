@@ -103,6 +103,7 @@ class Reader:
         self.n_rows = 0
         self.skipped: Counter[str] = Counter()
         self._lacking = ""
+        self._has_columns = False
 
     def documents(self, seed: int, cut: int | None = None) -> Iterator[Document]:
         """Every document in stored order, none empty, cut to so many characters; those that occur twice, twice.
@@ -115,6 +116,10 @@ class Reader:
         for document in self._read(seed, cut):
             self.kind = document.kind if self.kind in (None, document.kind) else "mixed"
             yield document
+        if self.text_column is not None and not self._has_columns:
+            raise ValueError(
+                f"text_column is {self.text_column!r}, but corpus {self.corpus} has .txt files alone; leave it out"
+            )
         if self.kind is None:
             raise ValueError(f"corpus {self.corpus} has no text{self._why()}")
         if self.skipped:
@@ -144,7 +149,10 @@ class Reader:
             yield from self._of_rows((("docstring", text) for text in _docstrings(seed)), cut)
         elif self.corpus == SAE_PROBES_TEXT:
             texts = itertools.chain.from_iterable(_sae_probes_texts(path) for path in _sae_probes_files())
-            yield from (Document(text.strip()) for text in texts if text.strip())  # a fixed corpus: nothing is tidied
+            for text in texts:  # a fixed corpus: nothing of it is tidied or cut
+                self.n_rows += 1
+                if document := text.strip():
+                    yield Document(document)
         else:
             for path in corpus_files(self.corpus):
                 if textfiles.kind_of(path, SUFFIXES) == ".txt":
@@ -170,6 +178,7 @@ class Reader:
     def _of_rows(self, rows: Iterable[tuple[str, Any]], cut: int | None) -> Iterator[Document]:
         for place, row in rows:
             self.n_rows += 1
+            self._has_columns = True
             why = self._passed_over(row, place)
             document = None if why else document_of(row if isinstance(row, str) else _cell(row, str(self.column)))
             if why or document is None or not document.content:

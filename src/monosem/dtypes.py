@@ -28,7 +28,10 @@ KIND = "product-times"
 
 BF16_FEATURES = ("amx_bf16", "avx512_bf16", "bf16", "svebf16")
 """Names in /proc/cpuinfo, of x86 and ARM: without any of them bf16 products are emulated."""
-ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "ATEN_CPU_CAPABILITY")
+ISA_VARIABLES = (
+    *("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "ATEN_CPU_CAPABILITY"),
+    "MKL_ENABLE_INSTRUCTIONS",
+)
 """Environment variables that choose the instructions of torch's products."""
 MARGIN = 1.2
 """bf16 products must be so many times as fast: the rest of a forward pass is slower in bf16."""

@@ -95,8 +95,8 @@ _POOLER = "pooler."
 def _loader(config: Any) -> tuple[Any, dict[str, Any]]:
     """The class of transformers' that loads a model, and its options; `ValueError` for what is no model of text.
 
-    With its head is what was saved with the head of a causal language model, or does not say and can have one; but for
-    encoders whose type has such a head as well, which were made to read both ways.
+    With its head is what was saved with the head of a causal language model, or can have one and names no other class
+    that is known; but for encoders whose type has such a head as well, which were made to read both ways.
     """
     import transformers
 
@@ -108,7 +108,8 @@ def _loader(config: Any) -> tuple[Any, dict[str, Any]]:
     )
     if kind in heads and not both_ways and not config.is_encoder_decoder:
         of_kind = heads[kind] if isinstance(heads[kind], tuple) else (heads[kind],)
-        if not names or names[0] in {model.__name__ for model in of_kind}:
+        known = not names or names[0] in {model.__name__ for model in of_kind} or not hasattr(transformers, names[0])
+        if known or names[0].endswith(("ForCausalLM", "LMHeadModel")):
             return transformers.AutoModelForCausalLM, {}
     encoders = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
     alone = kind in encoders and encoders[kind].__name__.endswith("EncoderModel")  # of an encoder-decoder's type

@@ -192,8 +192,13 @@ def _batches(items: list[T], size: int) -> Iterator[list[T]]:
 
 
 def padding_token(tokenizer: Any) -> int:
-    """The token put in place of others: the last of " _", which is GPT-2's 4808 (the released code's choice)."""
-    return int(tokenizer.encode(" _", add_special_tokens=False)[-1])
+    """The token put in place of others: the last of " _", which is GPT-2's 4808 (the released code's choice).
+
+    Where a tokenizer makes nothing of that: the unknown token, padding or token 0.
+    """
+    found = tokenizer.encode(" _", add_special_tokens=False)
+    choices = (*found[-1:], tokenizer.unk_token_id, tokenizer.pad_token_id)
+    return next((int(token) for token in choices if token is not None), 0)
 
 
 def sample_latents(n_latents: int, n: int, seed: int) -> Int[Tensor, " n"]:

@@ -82,7 +82,7 @@ def stem_of(path: Path, suffixes: Sequence[str]) -> str:
 
 
 def tidied(text: str) -> str:
-    """The text without NUL and without a byte order mark at its start, its line ends as newlines.
+    """The text without byte order marks, its line ends as newlines, a space for each NUL.
 
     A lone surrogate (half of a broken escape) becomes "?": it is no character, and no tokenizer takes it.
     """
@@ -91,10 +91,10 @@ def tidied(text: str) -> str:
             text.encode()
         except UnicodeEncodeError:
             text = text.encode("utf-8", "replace").decode()
-        text = text.lstrip("\ufeff")
+        text = text.replace("\ufeff", "")
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return text.replace("\0", "") if "\0" in text else text
+    return text.replace("\0", " ") if "\0" in text else text
 
 
 @contextlib.contextmanager
@@ -124,11 +124,14 @@ def require_file(path: Path) -> None:
     """`ValueError` unless it is a regular file: a text is read more than once, and to its end."""
     try:
         mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror or error}); give a file that can") from None
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"{path} cannot be read ({os.strerror(errno.EISDIR)}); give a file")
     if not stat.S_ISREG(mode):
-        found = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device, which can be read only once or has no end"
-        raise ValueError(f"{path} is {found}; give a file")
+        raise ValueError(f"{path} is a pipe or a device, which can be read only once or has no end; give a file")
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -159,7 +162,9 @@ def csv_rows_of(text: Iterable[str], where: str) -> Iterator[tuple[int, dict[str
     A short row has None in its last columns. `ValueError` for what is no CSV, two columns of one name, a long row.
     """
     text = iter(text)
-    header = next(text, "")
+    blank = 0
+    while (header := next(text, "")) and not header.strip():
+        blank += 1
     delimiter = next((d for d in ",\t;" if d in header), ",")
     csv.field_size_limit(MAX_RECORD)  # of the process: the module has no other place for it
     rows = csv.reader(itertools.chain([header], text), delimiter=delimiter, strict=True)
@@ -168,15 +173,17 @@ def csv_rows_of(text: Iterable[str], where: str) -> Iterator[tuple[int, dict[str
         if twice := next((name for name in columns if name and columns.count(name) > 1), None):
             raise ValueError(f"{where} has two columns {twice!r}; rename one of them")
         for row in rows:
+            line = blank + rows.line_num
             if len(row) > len(columns):
                 raise ValueError(
-                    f"{where} line {rows.line_num} has more fields than the header; put texts with commas in double "
-                    "quotes"
+                    f"{where} line {line} has more fields than the header; put texts with commas in double quotes"
                 )
             if row:
-                yield rows.line_num, dict(itertools.zip_longest(columns, row))
+                yield line, dict(itertools.zip_longest(columns, row))
     except csv.Error as error:
-        raise ValueError(f"{where} line {rows.line_num} is not CSV ({error}); convert the file to .jsonl") from None
+        raise ValueError(
+            f"{where} line {blank + rows.line_num} is not CSV ({error}); convert the file to .jsonl"
+        ) from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:

@@ -156,18 +156,34 @@ def separator_token(tokenizer: Any) -> int:
     raise ValueError("the tokenizer has no eos, bos or sep token to separate documents; set its eos_token")
 
 
-def token_ids(tokenizer: Any, batch: Iterable[str], *, control: bool = False) -> list[list[int]]:
+def token_ids(tokenizer: Any, texts: Iterable[str], *, control: bool = False) -> list[list[int]]:
     """The tokens of each text, without special ones; with `control` those that are written out are read as such."""
     # Otherwise "<|endoftext|>" written in a document is text, not a control token.
     # verbose=False: documents longer than the subject's window are expected here, they are cut afterwards.
-    return tokenizer(
-        list(batch),
-        add_special_tokens=False,
-        split_special_tokens=not control,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
+    options = {"add_special_tokens": False, "split_special_tokens": not control, "verbose": False}
+    options |= {"return_attention_mask": False, "return_token_type_ids": False}
+    found: list[list[int]] = []
+    for batch in _batches(texts):
+        found += tokenizer(batch, **options)["input_ids"]
+    return found
+
+
+def control_ids(tokenizer: Any) -> set[int]:
+    """The ids of the tokenizer's control tokens: those that it calls special."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts, so many together as are tokenized at once."""
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == _TOKENIZE_BATCH or sum(map(len, batch)) >= _TOKENIZE_CHARS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 class _Side:

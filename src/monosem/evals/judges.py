@@ -31,6 +31,7 @@ from monosem import n2g
 from monosem.evals.bootstrap import as_metric, bootstrap, ratio
 from monosem.evals.explainability import Explanation, Fired, Record, Scores
 from monosem.n2g import Examples
+from monosem.textfiles import require_file
 from monosem.types import FIRED_THRESHOLD
 
 N_EACH = 10
@@ -96,16 +97,29 @@ class Answers:
     def __init__(self, path: str | Path, judge: str, ask: Ask) -> None:
         self.path, self.judge, self.ask = Path(path), judge, ask
         self.known: dict[str, str] = {}
-        text = self.path.read_text("utf-8") if self.path.exists() else ""
-        whole, _, torn = text.rpartition("\n")  # a kill may have cut the last line
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                row = json.loads(line)
-                self.known[_key(row["judge"], row["prompt"])] = row["answer"]
-            except (ValueError, LookupError, TypeError):
-                raise ValueError(f"{path} line {number} is no answer of a judge; give another file") from None
-        if torn:
-            os.truncate(self.path, len((whole + "\n").encode()) if whole else 0)
+        if self.path.exists():
+            require_file(self.path)
+            self._read(self.path.read_bytes())
+
+    def _read(self, raw: bytes) -> None:
+        *lines, last = raw.split(b"\n")
+        for number, line in enumerate(lines, 1):
+            if line.strip() and not self._knows(line):
+                raise ValueError(f"{self.path} line {number} is no answer of a judge; give another file")
+        if last.strip() and self._knows(last):  # whole, but saved without the end of its line
+            with open(self.path, "ab") as file:
+                file.write(b"\n")
+        elif last:  # cut by a kill
+            os.truncate(self.path, len(raw) - len(last))
+
+    def _knows(self, line: bytes) -> bool:
+        """Whether the line is an answer, which is then known."""
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+            self.known[_key(row["judge"], row["prompt"])] = row["answer"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return False
+        return True
 
     def __call__(self, prompt: str) -> str:
         key = _key(self.judge, prompt)
@@ -226,4 +240,4 @@ def _balanced(questions: list[Question], answers: list[bool | None]) -> float:
 
 
 def _key(judge: str, prompt: str) -> str:
-    return hashlib.sha256(f"{judge}\n{prompt}".encode()).hexdigest()
+    return hashlib.sha256(f"{judge}\n{prompt}".encode("utf-8", "surrogatepass")).hexdigest()

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from monosem.corpora import CUT
 from monosem.evals import tasks as labelled
 from monosem.evals.bootstrap import Interval, as_metric, bootstrap, ratio, wilson
 from monosem.evals.tasks import Task
@@ -142,11 +143,11 @@ def pool(subject: Subject, autoencoder: Autoencoder, site: Site, texts: list[str
     """The normalised activations at `site` of each text: their mean over its tokens, and that of its last token.
 
     A text is read alone behind `subject.prefix_token`, where the attention sink then is, and which is left out. Of a
-    longer text the last `max_tokens` tokens are read (fewer if the subject reads fewer). Texts of equal length are read
-    together, so nothing is padded.
+    longer text the last `max_tokens` tokens are read (fewer if the subject reads fewer; of a very long one no more than
+    the last `CUT` characters are looked at). Texts of equal length are read together, so nothing is padded.
     """
     at_most = min(max_tokens, subject.max_context - 1)
-    ids = token_ids(subject.tokenizer, texts)
+    ids = token_ids(subject.tokenizer, (text[-CUT:] for text in texts))
     if empty := [text for text, found in zip(texts, ids, strict=True) if not found]:
         raise ValueError(f"{empty[0]!r} has no token in the tokenizer of {subject.name}; leave such texts out")
     lengths: dict[int, list[int]] = {}

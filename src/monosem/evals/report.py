@@ -66,7 +66,7 @@ class Evaluation(NamedTuple):
 def check(path: str | Path) -> None:
     """`ValueError` unless a report can be written to `path`: an .html file, new or a report, with plotly at hand."""
     page = Path(path)
-    if page.suffix != ".html":
+    if page.suffix.lower() != ".html":
         raise ValueError(f"report is {path}; give the name of an .html file (its table is written beside it, as .md)")
     for output in (page, page.with_suffix(".md")):
         artifacts.require_ours(output, _is_report)

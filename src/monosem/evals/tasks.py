@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import logging
 import math
 import re
@@ -20,9 +21,11 @@ from typing import Any, NamedTuple
 
 from monosem import resources
 from monosem.corpora import SAE_PROBES_TEXT, hub_rows
-from monosem.textfiles import csv_rows
+from monosem.textfiles import csv_rows, listed, stem_of, tidied
 
 log = logging.getLogger("monosem")
+
+SUFFIXES = (".csv", ".tsv")
 
 GAO61 = "gao61"
 """The sets of `sae-probes-text` that stand for tasks of Gao et al. 2024 (`PAPER_TASKS`), but for the broken ones."""
@@ -121,7 +124,8 @@ inside sae-probes 0.4.2. The others, and the sample, prompt and pooling of any, 
 def load(source: str) -> list[Task]:
     """The tasks of `source`, sorted by name.
 
-    A .csv file or a folder of them (columns `text`, `label` of two values, and perhaps `group`: one task a file),
+    A .csv or .tsv file, perhaps packed, or a folder of them (columns `text`, `label` of two values, and perhaps
+    `group`: one task a file),
     `hf:NAME[:CONFIG[:SPLIT]]` with the same columns, or the named suites `sae-probes-text` and `gao61`, from which
     broken sets are left out, with the reason in the log. `ValueError` names the file and the line.
     """
@@ -133,13 +137,19 @@ def load(source: str) -> list[Task]:
         return [task for task in tasks if task.name not in broken]
     if source.startswith("hf:"):
         return [make(source, source, _hub_rows(source))]
-    path = Path(source)
-    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    path = Path(source).expanduser()
+    files = listed(path, SUFFIXES, deep=False) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} has no .csv file; give a folder of them with the columns text and label")
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a .csv file, a folder of them, hf:NAME or {SAE_PROBES_TEXT}")
-    return [make(file.stem, str(file), _csv(file, "text", "label")) for file in files]
+    files.sort(key=lambda file: stem_of(file, SUFFIXES))
+    for one, other in itertools.pairwise(files):
+        if stem_of(one, SUFFIXES) == stem_of(other, SUFFIXES):
+            raise ValueError(f"{one} and {other} are tasks of one name; rename one of them")
+    return [
+        make(stem_of(file, SUFFIXES), str(file), labelled_rows(_tidied(csv_rows(file)), str(file))) for file in files
+    ]
 
 
 def sae_probes(stems: Iterable[str] | None = None) -> list[Task]:
@@ -151,7 +161,7 @@ def sae_probes(stems: Iterable[str] | None = None) -> list[Task]:
         if stems is not None and name not in stems:
             continue
         try:
-            tasks.append(make(name, str(path), _csv(path, "prompt", "target")))
+            tasks.append(make(name, str(path), labelled_rows(csv_rows(path), str(path), "prompt", "target")))
         except _NotBinaryError:
             log.debug("%s has more than two labels: no task", path)
     return tasks
@@ -310,8 +320,6 @@ def labelled_rows(
     """What `make` reads, from the rows of a CSV by line; `ValueError` for a row without a text or label."""
     for line, row in rows:
         place = f"{where} line {line}"
-        if None in row:  # where csv puts what the header has no column for
-            raise ValueError(f"{place} has more fields than the header; put texts with commas in double quotes")
         for column in (text, label):
             if not (row.get(column) or "").strip():
                 found = "an empty" if column in row else f"only {', '.join(row)} and no column"
@@ -319,24 +327,9 @@ def labelled_rows(
         yield place, row[text], row[label].strip(), row.get("group") or None
 
 
-def _csv(path: Path, text: str, label: str) -> Iterator[tuple[str, str, str, str | None]]:
-    try:
-        yield from labelled_rows(csv_rows(path), str(path), text, label)
-    except UnicodeDecodeError:
-        line = next(number for number, raw in enumerate(path.read_bytes().split(b"\n"), 1) if not _is_utf8(raw))
-        raise ValueError(f"{path} line {line} is not UTF-8; save the file as UTF-8") from None
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror or error}); check that it is whole and yours"
-        ) from None
-
-
-def _is_utf8(raw: bytes) -> bool:
-    try:
-        raw.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+def _tidied(rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, row in rows:
+        yield line, {name: value if value is None else tidied(value) for name, value in row.items()}
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, str, str, str | None]]:
@@ -345,7 +338,7 @@ def _hub_rows(source: str) -> Iterator[tuple[str, str, str, str | None]]:
         if not isinstance(row.get("text"), str) or row.get("label") is None:
             raise ValueError(f"{place} has no text and label but {', '.join(row)}; give a data set with these columns")
         group = row.get("group")
-        yield place, row["text"], str(row["label"]), None if group is None else str(group)
+        yield place, tidied(row["text"]), tidied(str(row["label"])), None if group is None else tidied(str(group))
 
 
 def _ordered(a: str, b: str) -> tuple[str, str]:

@@ -35,6 +35,7 @@ class Job:
         _, self.autoencoder, self.store = open_run(config.run, config.store, self.device)
         self.sources = {"autoencoder": artifacts.sha256_file(autoencoder / "config.json"), "store": self.store.hash}
         self.writer = ColumnWriter(self.folder)
+        self._subjects: dict[tuple[Any, ...], Subject] = {}
         self.read()
 
     def read(self) -> None:
@@ -59,12 +60,14 @@ class Job:
     @cached_property
     def subject(self) -> Subject:
         """For losses and logits."""
-        return subject_of(self.store, "float32", self.config.device, model=self.config.model)
+        return subject_of(self.store, "float32", self.config.device, self._subjects, model=self.config.model)
 
     @cached_property
     def reading_subject(self) -> Subject:
         """To read activations off new texts."""
-        return subject_of(self.store, self.store.subject_dtype, self.config.device, model=self.config.model)
+        return subject_of(
+            self.store, self.store.subject_dtype, self.config.device, self._subjects, model=self.config.model
+        )
 
     @cached_property
     def tasks(self) -> list[Task]:

@@ -11,7 +11,8 @@ Every implementation is a module with the same functions, on fp32 tensors:
     sparse_gradients(x, weights, latents, d_recons, d_active) -> Weights
     apply_update(weights, gradients, optimizer, update) -> gradient norm (in place)
 
-`reference` is the definition: dense autograd, slow, to be checked by eye. The others must agree with it.
+`reference` is the definition: dense autograd, slow, to be checked by eye. The others must agree with it, and all refuse
+the same arguments (`checks`).
 The result is a function of the arguments alone, bit for bit, on the same machine, thread count and implementation.
 """
 

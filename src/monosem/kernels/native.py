@@ -25,7 +25,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from monosem import _native
-from monosem.kernels import torch_sparse
+from monosem.kernels import checks, torch_sparse
+from monosem.kernels.checks import readable
 from monosem.kernels.reference import BETA1, BETA2, EPSILON
 from monosem.types import FIRED_THRESHOLD, LossSpec, OptimizerState, SparseLatents, StepGradients, UpdateSpec, Weights
 
@@ -57,6 +58,12 @@ AUDIT_EVERY = 1024
 _PROBE_ROWS, _PROBE_LATENTS, _PROBE_WIDTH = 256, 4096, 512
 _PROBE_AUDIT = 64
 
+HOME = checks.Home(
+    lambda t: t.dtype == torch.float32 and t.device.type == "cpu",
+    "impl=native takes float32 on the CPU: convert it or use impl=torch",
+    strict=True,
+)
+
 log = logging.getLogger("monosem")
 
 if LEVEL_VARIABLE in os.environ:
@@ -70,13 +77,14 @@ def topk_encode(
 
     "auto" is `fastest_precision`, audited.
     """
+    checks.check_encode(HOME, x_BD, weights, k)
     return _topk_encode(x_BD, weights, k, precision)[0]
 
 
 def _topk_encode(
     x_BD: Tensor, weights: Weights, k: int, precision: str, audit: Sequence[int] = ()
 ) -> tuple[SparseLatents, dict[str, Any]]:
-    x_BD, weights = _rows("x", x_BD), _readable(weights)
+    x_BD, weights = readable(x_BD), _readable(weights)
     indices = torch.empty(len(x_BD), k, dtype=torch.int64)
     values = torch.empty(len(x_BD), k)
     product, rows = _audited(precision, audit, len(x_BD))
@@ -126,13 +134,9 @@ def choose_precision(x_BD: Float[Tensor, "batch d_model"], weights: Weights, k: 
     return fastest_precision(exact=True) if stats["n_missed"] or _is_saturated(stats, len(x_BD)) else precision
 
 
-def recall(stats: dict[str, Any]) -> float | None:
-    """The share of the audited rows' true top k that the product selected; None where no row was audited."""
-    return 1 - stats["n_missed"] / stats["n_audited"] if stats["n_audited"] else None
-
-
 def relu_encode(x_BD: Float[Tensor, "batch d_model"], weights: Weights) -> SparseLatents:
     """As `reference.relu_encode`."""
+    checks.check_encode(HOME, x_BD, weights)
     return threshold_encode(x_BD, weights, torch.zeros_like(weights.latent_bias))
 
 
@@ -146,6 +150,8 @@ def threshold_encode(
 
     "auto" is the fastest precision that is proven to miss nothing.
     """
+    checks.check_encode(HOME, x_BD, weights)
+    checks.check_threshold(HOME, threshold_N, weights)
     latents = _sparse_threshold_encode(x_BD, weights, threshold_N, precision)
     return torch_sparse.threshold_encode(x_BD, weights, threshold_N) if latents is None else latents
 
@@ -154,10 +160,9 @@ def _sparse_threshold_encode(
     x_BD: Tensor, weights: Weights, threshold_N: Tensor, precision: str
 ) -> SparseLatents | None:
     """None where more than 1 in 16 latents is above its threshold on many of the first tokens."""
-    x_BD, weights = _rows("x", x_BD), _readable(weights)
-    _check_kind("threshold", threshold_N)
+    x_BD, weights = readable(x_BD), _readable(weights)
     # An infinite threshold is a latent that is never active, not weights that are not finite.
-    finite_N = threshold_N.detach().clamp(max=torch.finfo(threshold_N.dtype).max).contiguous()
+    finite_N = readable(threshold_N).clamp(max=torch.finfo(threshold_N.dtype).max)
     product = fastest_precision(exact=True) if _checked_precision(precision) == "auto" else precision
     found = _native.threshold_encode(x_BD, weights, finite_N, product)
     if found is None:
@@ -168,10 +173,11 @@ def _sparse_threshold_encode(
 
 def decode(latents: SparseLatents, weights: Weights) -> Float[Tensor, "batch d_model"]:
     """As `reference.decode`, reading only the active latents' rows of the decoder."""
+    checks.check_weights(HOME, weights)
+    checks.check_latents(HOME, latents, weights)
     weights = _readable(weights)
-    values = _rows("values", latents.values)
-    recons = torch.empty(len(values), len(weights.pre_bias))
-    _native.decode(latents.indices.detach().to(torch.int64).contiguous(), values, weights, recons)
+    recons = torch.empty(len(latents.values), len(weights.pre_bias))
+    _native.decode(_indices(latents), readable(latents.values), weights, recons)
     return recons
 
 
@@ -183,12 +189,11 @@ def sparse_gradients(
     d_active: float = 0.0,
 ) -> Weights:
     """As `reference.sparse_gradients`: one visit of each latent, in registers, over the tokens where it is active."""
+    checks.check_sparse(HOME, x_BD, weights, latents, d_recons_BD)
     weights = _readable(weights)
     gradients = Weights(*(torch.empty_like(w) for w in weights))
-    values, indices = _rows("values", latents.values), latents.indices.detach().to(torch.int64).contiguous()
-    _native.sparse_gradients(
-        _rows("x", x_BD), weights, indices, values, _rows("d_recons", d_recons_BD), d_active, gradients
-    )
+    arrays = _indices(latents), readable(latents.values), readable(d_recons_BD)
+    _native.sparse_gradients(readable(x_BD), weights, *arrays, d_active, gradients)
     return gradients
 
 
@@ -196,7 +201,8 @@ def topk_gradients(
     x_BD: Float[Tensor, "batch d_model"], weights: Weights, spec: LossSpec, dead_N: Bool[Tensor, " n_latents"]
 ) -> StepGradients:
     """As `reference.topk_gradients`; AuxK's candidates come out of the same sweep over the encoder."""
-    x_BD, weights = _rows("x", x_BD), _readable(weights)
+    checks.check_step(HOME, x_BD, weights, spec, dead_N)
+    x_BD, weights = readable(x_BD), _readable(weights)
     gradients = Weights(*(torch.empty_like(w) for w in weights))
     n_fired = torch.empty(len(weights.latent_bias), dtype=torch.int64)
     loss, audit = _loss_arguments(spec, len(x_BD))
@@ -209,6 +215,7 @@ def relu_gradients(x_BD: Float[Tensor, "batch d_model"], weights: Weights, spec:
 
     Which of the two depends on x and the weights alone. ReLU latents start half active and end with a few hundred.
     """
+    checks.check_step(HOME, x_BD, weights, spec, keeps_k=False)
     latents = _sparse_threshold_encode(x_BD, weights, torch.zeros_like(weights.latent_bias), spec.precision)
     if latents is None:
         return torch_sparse.relu_gradients(x_BD, weights, spec)
@@ -244,13 +251,15 @@ def topk_step(
         raise ValueError(
             f"clip_norm is {update.clip_norm}, which topk_step cannot do; call topk_gradients and apply_update"
         )
-    x_BD = _rows("x", x_BD)
-    average = None if optimizer.average is None else _writable(optimizer.average)
-    moments = _writable(optimizer.first), _writable(optimizer.second), average
+    checks.check_step(HOME, x_BD, weights, spec, dead_N)
+    checks.check_update(HOME, weights, None, optimizer, update)
+    x_BD = readable(x_BD)
+    average = None if optimizer.average is None else _detached(optimizer.average)
+    moments = _detached(optimizer.first), _detached(optimizer.second), average
     n_fired = torch.empty(len(weights.latent_bias), dtype=torch.int64)
     loss, audit = _loss_arguments(spec, len(x_BD))
     terms, norm = _native.topk_step(
-        x_BD, _writable(weights), dead_N.contiguous(), *loss, n_fired, *moments, *_update_arguments(update), audit
+        x_BD, _detached(weights), dead_N.contiguous(), *loss, n_fired, *moments, *_update_arguments(update), audit
     )
     return _step(spec, None, terms, n_fired, len(x_BD)), torch.tensor(norm)
 
@@ -259,10 +268,11 @@ def apply_update(
     weights: Weights, gradients: Weights, optimizer: OptimizerState, update: UpdateSpec
 ) -> Float[Tensor, ""]:
     """As `reference.apply_update`, one visit a latent; `gradients` are used up."""
+    checks.check_update(HOME, weights, gradients, optimizer, update)
     arrays = (weights, gradients, optimizer.first, optimizer.second, optimizer.average)
     clip_norm = float("inf") if update.clip_norm is None else update.clip_norm
     norm = _native.apply_update(
-        *(a if a is None else _writable(a) for a in arrays), *_update_arguments(update), clip_norm
+        *(a if a is None else _detached(a) for a in arrays), *_update_arguments(update), clip_norm
     )
     return torch.tensor(norm)
 
@@ -300,37 +310,21 @@ def _step(spec: LossSpec, gradients: Weights | None, terms: tuple, n_fired: Tens
         auxk_dropped=torch.tensor(dropped),
         n_fired=n_fired,
         l0=torch.tensor(n_active / n_rows),
-        stats={**stats, "recall": recall(stats)},
+        stats=stats,
     )
 
 
-def _rows(name: str, t: Tensor) -> Tensor:
-    """The tensor as the compiled code reads it: fp32, on the CPU, contiguous (copied when it is not)."""
-    _check_kind(name, t)
-    if t.ndim != 2:
-        raise ValueError(f"{name} has {t.ndim} dimensions; give [batch, ...] with two")
-    return t.detach().contiguous()
-
-
 def _readable(weights: Weights) -> Weights:
-    for name, w in weights._asdict().items():
-        _check_kind(name, w)
-    return Weights(*(w.detach().contiguous() for w in weights))
+    return Weights(*(readable(w) for w in weights))
 
 
-def _writable(weights: Weights) -> Weights:
-    for name, w in weights._asdict().items():
-        _check_kind(name, w)
-        if not w.is_contiguous():
-            raise ValueError(f"{name} is updated in place and must be contiguous; call .contiguous() on it first")
+def _detached(weights: Weights) -> Weights:
     return Weights(*(w.detach() for w in weights))
 
 
-def _check_kind(name: str, t: Tensor) -> None:
-    if t.dtype != torch.float32 or t.device.type != "cpu":
-        raise ValueError(
-            f"{name} is {t.dtype} on {t.device}; impl=native takes float32 on the CPU: convert it or use impl=torch"
-        )
+def _indices(latents: SparseLatents) -> Tensor:
+    """Those of inactive slots, which carry no meaning, are 0."""
+    return latents.indices.detach().to(torch.int64).masked_fill(latents.values == 0, 0).contiguous()
 
 
 def _checked_precision(precision: str) -> str:

@@ -13,6 +13,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from monosem import losses
+from monosem.kernels.checks import (
+    ANY,
+    check_encode,
+    check_latents,
+    check_sparse,
+    check_step,
+    check_threshold,
+    check_update,
+    check_weights,
+)
 from monosem.types import (
     FIRED_THRESHOLD,
     Extras,
@@ -35,12 +45,14 @@ def pre_activations(x_BD: Float[Tensor, "batch d_model"], weights: Weights) -> F
 
 def topk_encode(x_BD: Float[Tensor, "batch d_model"], weights: Weights, k: int) -> SparseLatents:
     """TopK_k of the pre-activations, then ReLU; of equal pre-activations the lower index goes first."""
+    check_encode(ANY, x_BD, weights, k)
     values_BN, indices_BN = pre_activations(x_BD, weights).sort(dim=1, descending=True, stable=True)
     return SparseLatents(indices_BN[:, :k], values_BN[:, :k].relu(), len(weights.latent_bias))
 
 
 def relu_encode(x_BD: Float[Tensor, "batch d_model"], weights: Weights) -> SparseLatents:
     """Every positive pre-activation."""
+    check_encode(ANY, x_BD, weights)
     return threshold_encode(x_BD, weights, torch.zeros_like(weights.latent_bias))
 
 
@@ -48,6 +60,8 @@ def threshold_encode(
     x_BD: Float[Tensor, "batch d_model"], weights: Weights, threshold_N: Float[Tensor, " n_latents"]
 ) -> SparseLatents:
     """Every pre-activation above max(threshold, 0), by falling value; k is the most of them on one token."""
+    check_encode(ANY, x_BD, weights)
+    check_threshold(ANY, threshold_N, weights)
     pre_BN = pre_activations(x_BD, weights)
     values_BN = pre_BN.masked_fill(pre_BN <= threshold_N.clamp(min=0), 0)
     n_active = int((values_BN > 0).sum(1).max()) if len(x_BD) else 0
@@ -57,6 +71,8 @@ def threshold_encode(
 
 def decode(latents: SparseLatents, weights: Weights) -> Float[Tensor, "batch d_model"]:
     """z @ decoder + pre_bias."""
+    check_weights(ANY, weights)
+    check_latents(ANY, latents, weights)
     return dense(latents) @ weights.decoder + weights.pre_bias
 
 
@@ -78,6 +94,7 @@ def sparse_gradients(
     `latents` are pre-activations of `x_BD`, some of them set to 0; whatever chose them is held constant. `d_active` is
     added to the gradient of every active value: sparsity_coef / B for sparsity_coef * mean_b ||z||_1.
     """
+    check_sparse(ANY, x_BD, weights, latents, d_recons_BD)
     z_BN = dense(latents)
     d_pre_BN = torch.where(z_BN > 0, d_recons_BD @ weights.decoder.T + d_active, 0)
     d_bias_N = d_pre_BN.sum(0)
@@ -93,11 +110,13 @@ def topk_gradients(
     x_BD: Float[Tensor, "batch d_model"], weights: Weights, spec: LossSpec, dead_N: Bool[Tensor, " n_latents"]
 ) -> StepGradients:
     """d `topk_loss`."""
+    check_step(ANY, x_BD, weights, spec, dead_N)
     return differentiate(topk_loss, x_BD, weights, {}, spec, dead_N)
 
 
 def relu_gradients(x_BD: Float[Tensor, "batch d_model"], weights: Weights, spec: LossSpec) -> StepGradients:
     """d `relu_loss`."""
+    check_step(ANY, x_BD, weights, spec, keeps_k=False)
     return differentiate(relu_loss, x_BD, weights, {}, spec, torch.zeros_like(weights.latent_bias, dtype=torch.bool))
 
 
@@ -182,6 +201,7 @@ def apply_update(
     The decoder's gradient loses its component along each latent, so that renormalising the rows undoes no progress.
     Returns the gradient's norm over all parameters, after projection and before clipping.
     """
+    check_update(ANY, weights, gradients, optimizer, spec)
     decoder_gradient = gradients.decoder - (gradients.decoder * weights.decoder).sum(1, keepdim=True) * weights.decoder
     gradients = gradients._replace(decoder=decoder_gradient)
     norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()

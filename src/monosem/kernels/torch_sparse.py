@@ -13,6 +13,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from monosem import losses
+from monosem.kernels.checks import (
+    ANY,
+    check_encode,
+    check_latents,
+    check_sparse,
+    check_step,
+    check_threshold,
+    check_update,
+    check_weights,
+)
 from monosem.kernels.reference import BETA1, BETA2, EPSILON
 from monosem.types import FIRED_THRESHOLD, LossSpec, OptimizerState, SparseLatents, StepGradients, UpdateSpec, Weights
 
@@ -25,11 +35,13 @@ def topk_encode(
     x_BD: Float[Tensor, "batch d_model"], weights: Weights, k: int, precision: str = "auto"
 ) -> SparseLatents:
     """As `reference.topk_encode`, except that which of several equal pre-activations wins is left to torch.topk."""
+    check_encode(ANY, x_BD, weights, k)
     return _topk(x_BD - weights.pre_bias, weights, k, precision)
 
 
 def relu_encode(x_BD: Float[Tensor, "batch d_model"], weights: Weights) -> SparseLatents:
     """As `reference.relu_encode`."""
+    check_encode(ANY, x_BD, weights)
     return threshold_encode(x_BD, weights, torch.zeros_like(weights.latent_bias))
 
 
@@ -37,6 +49,8 @@ def threshold_encode(
     x_BD: Float[Tensor, "batch d_model"], weights: Weights, threshold_N: Float[Tensor, " n_latents"]
 ) -> SparseLatents:
     """As `reference.threshold_encode`."""
+    check_encode(ANY, x_BD, weights)
+    check_threshold(ANY, threshold_N, weights)
     threshold_N = threshold_N.clamp(min=0)
     centred_BD = x_BD - weights.pre_bias
     chunks = []
@@ -56,9 +70,12 @@ def threshold_encode(
 
 def decode(latents: SparseLatents, weights: Weights) -> Float[Tensor, "batch d_model"]:
     """z @ decoder + pre_bias, reading only the active latents' rows of the decoder."""
+    check_weights(ANY, weights)
+    check_latents(ANY, latents, weights)
     if latents.values.numel() == 0:
         return weights.pre_bias.expand(len(latents.values), -1).clone()
-    z = F.embedding_bag(latents.indices, weights.decoder, per_sample_weights=latents.values, mode="sum")
+    indices = latents.indices.long().masked_fill(latents.values == 0, 0)
+    z = F.embedding_bag(indices, weights.decoder, per_sample_weights=latents.values, mode="sum")
     return z + weights.pre_bias
 
 
@@ -66,6 +83,7 @@ def topk_gradients(
     x_BD: Float[Tensor, "batch d_model"], weights: Weights, spec: LossSpec, dead_N: Bool[Tensor, " n_latents"]
 ) -> StepGradients:
     """As `reference.topk_gradients`, with d_recons = 2 mse_scale (recons - x) / (B D)."""
+    check_step(ANY, x_BD, weights, spec, dead_N)
     centred_BD = x_BD - weights.pre_bias
     latents = _topk(centred_BD, weights, spec.k, spec.precision)
     error_BD = x_BD - decode(latents, weights)
@@ -98,6 +116,7 @@ def sparse_gradients(
     d_value = d_recons . decoder[latent] + d_active; decoder[i] gathers value * d_recons, encoder[i] gathers
     d_value * (x - pre_bias), over the tokens where i is active.
     """
+    check_sparse(ANY, x_BD, weights, latents, d_recons_BD)
     tokens, slots = (latents.values > 0).nonzero(as_tuple=True)
     order = latents.indices[tokens, slots].sort(stable=True)
     tokens, slots = tokens[order.indices], slots[order.indices]
@@ -116,6 +135,7 @@ def sparse_gradients(
 
 def relu_gradients(x_BD: Float[Tensor, "batch d_model"], weights: Weights, spec: LossSpec) -> StepGradients:
     """As `reference.relu_gradients`. ReLU latents start half active: the products are dense, a chunk of rows a time."""
+    check_step(ANY, x_BD, weights, spec, keeps_k=False)
     centred_BD = x_BD - weights.pre_bias
     gradients = Weights(*(torch.zeros_like(w) for w in weights))
     squared, l1, active = (x_BD.new_zeros(()) for _ in range(3))
@@ -191,6 +211,7 @@ def apply_update(
     weights: Weights, gradients: Weights, optimizer: OptimizerState, spec: UpdateSpec
 ) -> Float[Tensor, ""]:
     """As `reference.apply_update`; `gradients` are used up. Rows go in chunks that stay in cache."""
+    check_update(ANY, weights, gradients, optimizer, spec)
     decoder, d_decoder = weights.decoder, gradients.decoder
     for rows in row_chunks(len(decoder), decoder.shape[1], decoder.device):
         along = (d_decoder[rows] * decoder[rows]).sum(1, keepdim=True)

@@ -32,8 +32,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from monosem import losses
-from monosem.kernels import torch_sparse
+from monosem.kernels import checks, torch_sparse
 from monosem.kernels import triton_kernels as kernels
+from monosem.kernels.checks import readable
 from monosem.kernels.reference import BETA1, BETA2, EPSILON
 from monosem.kernels.torch_sparse import relu_encode, relu_gradients, sparse_gradients, threshold_encode
 from monosem.types import FIRED_THRESHOLD, LossSpec, OptimizerState, SparseLatents, StepGradients, UpdateSpec, Weights
@@ -51,6 +52,12 @@ __all__ = [
 
 INTERPRETED = not isinstance(kernels.sweep_kernel, triton.JITFunction)
 """TRITON_INTERPRET=1 was set: kernels run as Python, on tensors of the CPU."""
+
+HOME = checks.Home(
+    lambda t: t.dtype == torch.float32 and (t.is_cuda or (INTERPRETED and t.device.type == "cpu")),
+    "impl=triton takes float32 on CUDA or ROCm: convert it, or impl=torch",
+    strict=True,
+)
 
 log = logging.getLogger("monosem")
 
@@ -123,14 +130,18 @@ def topk_encode(
 
     One host sync, to learn whether rows must be done again.
     """
+    checks.check_encode(HOME, x_BD, weights, k)
     weights = _readable(weights)
-    return _encode(_readable_x(x_BD) - weights.pre_bias, weights, k, _checked(precision, k, weights))
+    return _encode(readable(x_BD) - weights.pre_bias, weights, k, _checked(precision))
 
 
 @_on_device_of_first
 def decode(latents: SparseLatents, weights: Weights) -> Float[Tensor, "batch d_model"]:
     """As `reference.decode`, reading only the active latents' rows of the decoder."""
-    weights = _readable(weights)
+    checks.check_weights(HOME, weights)
+    checks.check_latents(HOME, latents, weights)
+    indices = latents.indices.long().masked_fill(latents.values == 0, 0)
+    latents, weights = latents._replace(indices=indices, values=readable(latents.values)), _readable(weights)
     return _decode(latents, weights.decoder, weights.pre_bias)
 
 
@@ -139,11 +150,9 @@ def topk_gradients(
     x_BD: Float[Tensor, "batch d_model"], weights: Weights, spec: LossSpec, dead_N: Bool[Tensor, " n_latents"]
 ) -> StepGradients:
     """As `reference.topk_gradients`, with the gradients of `torch_sparse.topk_gradients`, written out by hand."""
-    weights = _readable(weights)
-    precision = _checked(spec.precision, spec.k, weights)
-    if len(x_BD) == 0:
-        raise ValueError("the batch is empty, so it has no gradient; give at least one row")
-    x_BD = _readable_x(x_BD)
+    checks.check_step(HOME, x_BD, weights, spec, dead_N)
+    precision = _checked(spec.precision)
+    x_BD, weights = readable(x_BD), _readable(weights)
     centred_BD = x_BD - weights.pre_bias
     latents = _encode(centred_BD, weights, spec.k, precision)
     error_BD = x_BD - _decode(latents, weights.decoder, weights.pre_bias)
@@ -172,10 +181,7 @@ def apply_update(
     weights: Weights, gradients: Weights, optimizer: OptimizerState, update: UpdateSpec
 ) -> Float[Tensor, ""]:
     """As `reference.apply_update`, one visit a row; clipping needs the norm first, so a second look at gradients."""
-    for written in (weights, optimizer.first, optimizer.second, optimizer.average):
-        if written is not None:
-            _check_writable(written)
-    gradients = Weights(*(g.contiguous() for g in gradients))
+    checks.check_update(HOME, weights, gradients, optimizer, update)
     clip = weights.pre_bias.new_ones(())
     if update.clip_norm is not None:
         norm = _norm([_gradient_squares(part, weights, gradients) for part in Weights._fields])
@@ -595,35 +601,11 @@ def _block(width: int) -> int:
     return min(BLOCK, triton.next_power_of_2(width))
 
 
-def _readable_x(x_BD: Tensor) -> Tensor:
-    _check_kind("x", x_BD)
-    return x_BD.detach().contiguous()
-
-
 def _readable(weights: Weights) -> Weights:
-    for name, w in weights._asdict().items():
-        _check_kind(name, w)
-    return Weights(*(w.detach().contiguous() for w in weights))
+    return Weights(*(readable(w) for w in weights))
 
 
-def _check_writable(weights: Weights) -> None:
-    for name, w in weights._asdict().items():
-        _check_kind(name, w)
-        if not w.is_contiguous():
-            raise ValueError(f"{name} is updated in place and must be contiguous; call .contiguous() on it first")
-
-
-def _check_kind(name: str, t: Tensor) -> None:
-    if t.dtype != torch.float32 or not (t.is_cuda or INTERPRETED):
-        raise ValueError(
-            f"{name} is {t.dtype} on {t.device}; impl=triton takes float32 on CUDA or ROCm: convert it, or impl=torch"
-        )
-
-
-def _checked(precision: str, k: int, weights: Weights) -> str:
+def _checked(precision: str) -> str:
     if precision not in _PRECISIONS:
         raise ValueError(f"precision is {precision!r}; choose one of {', '.join(_PRECISIONS)}")
-    n_latents = len(weights.latent_bias)
-    if not 1 <= k <= n_latents:
-        raise ValueError(f"k is {k}; it must be from 1 to n_latents, {n_latents}")
     return "bf16" if precision == "auto" else precision

@@ -6,7 +6,6 @@ reason.
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import math
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 from monosem import artifacts
 from monosem.charts import library
+from monosem.textfiles import csv_rows
 
 log = logging.getLogger("monosem")
 
@@ -103,7 +103,7 @@ def read_table(path: Path) -> Table:
     `ValueError` naming the lines: a column missing, a value that is no number, k > n_latents, a run twice at one number
     of tokens, a normalized_mse that is not a positive number in a run whose status is not diverged.
     """
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _csv_rows(path)
+    rows = _parquet_rows(path) if path.suffix.lower() == ".parquet" else _csv_rows(path)
     if not rows:
         raise ValueError(f"{path} has no rows; run the sweep first")
     if missing := [name for name in COLUMNS if name not in rows[0][1]]:
@@ -173,13 +173,7 @@ def lines(points: list[Point]) -> str:
 
 
 def _csv_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            rows = [(reader.line_num, {k: v or "" for k, v in row.items() if k}) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read as CSV ({error}); give a UTF-8 .csv file") from None
-    return rows
+    return [(line, {k: v or "" for k, v in row.items() if k}) for line, row in csv_rows(path)]
 
 
 def _parquet_rows(path: Path) -> list[tuple[int, dict[str, str]]]:

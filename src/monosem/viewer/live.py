@@ -1,7 +1,7 @@
 """What does this text do in the autoencoder, and the autoencoder to the subject? The one module here that loads torch.
 
-The text is read behind `subject.prefix_token`, alone, in float32. With x the normalised activation of a token and z
-its active latents (of the k or threshold asked for):
+The text is read behind `subject.prefix_token`, alone, in float32; control tokens that are written out are read
+as such. With x the normalised activation of a token and z its active latents (of the k or threshold asked for):
 
     error           ‖x − x̂‖² / ‖x − pre_bias‖²
     loss            −ln p(token | tokens before it); of the subject as it is, with x̂ in place of x, and edited
@@ -31,8 +31,8 @@ from monosem.evals import probes, tasks
 from monosem.evals.downstream import lower_blocks_run_once
 from monosem.model import Autoencoder, NormStats
 from monosem.subject import Subject
-from monosem.textfiles import csv_rows_of
-from monosem.tokens import token_ids
+from monosem.textfiles import csv_rows_of, tidied
+from monosem.tokens import control_ids, token_ids
 from monosem.torch_state import pinned
 from monosem.types import Site, SparseLatents
 
@@ -146,6 +146,7 @@ def try_text(
     losses = {name: _losses(found, tokens[0]) for name, found in logits.items()}
     return {
         "tokens": _token_rows(live, tokens[0], latents, error, losses),
+        "control_tokens": _control_tokens(live, tokens[0, 1:].tolist()),
         "watch": {str(i): _padded(live, z) for i, z in zip(watch, activations_of(latents, watch).T, strict=True)},
         "next": _next(live, {name: found[position] for name, found in logits.items()}) if logits else None,
         "position": position,
@@ -190,7 +191,7 @@ def try_labelled(live: Live, table: str, *, seed: int = 0) -> dict[str, Any]:
     judged on the other (evals.probes); `null` is what the best of as many latents reaches when the labels are shuffled.
     """
     started = time.perf_counter()
-    rows = list(tasks.labelled_rows(csv_rows_of(io.StringIO(table.lstrip("\ufeff")), "the table,"), "the table,"))
+    rows = list(tasks.labelled_rows(csv_rows_of(io.StringIO(tidied(table)), "the table,"), "the table,"))
     if len(rows) > MAX_TEXTS:
         raise ValueError(f"the table has {len(rows)} rows; give at most {MAX_TEXTS}")
     task = tasks.make("the table", "the table", rows)
@@ -224,12 +225,20 @@ def _max_tokens(live: Live) -> int:
 
 
 def _tokens(live: Live, text: str) -> Int[Tensor, "1 ctx"]:
-    found = token_ids(live.subject.tokenizer, [text.encode("utf-8", "replace").decode()])[0]
+    found = token_ids(live.subject.tokenizer, [tidied(text)], control=True)[0]
+    if found[:1] == [live.subject.prefix_token]:  # it is written out
+        found = found[1:]
     if not found:
         raise ValueError("the text is empty; type something")
     if len(found) > _max_tokens(live):
         raise ValueError(f"the text has {len(found)} tokens; give at most {_max_tokens(live)}")
     return torch.tensor([[live.subject.prefix_token, *found]])
+
+
+def _control_tokens(live: Live, tokens: list[int]) -> list[str]:
+    """Which control tokens of the tokenizer a text has written out; they were read as such."""
+    control = control_ids(live.subject.tokenizer)
+    return list(dict.fromkeys(live.vocabulary[token] for token in tokens if token in control))
 
 
 def _check(live: Live, edits: Sequence[Edit], watch: Sequence[int], n_continue: int) -> None:

@@ -56,6 +56,7 @@ def try_text(site: Site, sent: dict[str, Any]) -> dict[str, Any]:
     rows = found["tokens"]
     for row in [*rows, *(found["next"] or {"tokens": []})["tokens"]]:
         row["shown"] = text.visible(row["text"])
+    found["control_tokens"] = [text.visible(token) for token in found["control_tokens"]]
     if found["continuation"] is not None:
         for which in ("original", "edited"):
             found["continuation"][which] = text.prose(found["continuation"][which] or "")
@@ -164,7 +165,7 @@ _SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["text"],
     "properties": {
-        "text": {"type": "string"},
+        "text": {"type": "string", "description": "control tokens that are written out are read as such"},
         "k": {"type": ["integer", "null"], "description": "how many latents a token keeps"},
         "threshold": {"type": ["number", "null"], "description": "in place of k: what a pre-activation must exceed"},
         "edits": {

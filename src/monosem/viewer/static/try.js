@@ -262,7 +262,8 @@ function summaryOf(found) {
     if (counted.some((t) => t.loss_edited !== null)) parts.push(`${signed(mean((t) => t.loss_edited === null ? null : t.loss_edited - t.loss))} with the edits`);
   }
   const beyond = found.tokens.filter((t, i) => i > 0 && !t.trained).length;
-  return parts.join(", ") + "." + (beyond ? ` The last ${beyond} tokens are further in than the contexts it was trained on, and not in the means of error and active latents.` : "");
+  const control = found.control_tokens.length ? ` Read as control tokens: ${found.control_tokens.join(", ")}.` : "";
+  return parts.join(", ") + "." + control + (beyond ? ` The last ${beyond} tokens are further in than the contexts it was trained on, and not in the means of error and active latents.` : "");
 }
 
 function showActive(view) {
