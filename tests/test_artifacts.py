@@ -142,20 +142,23 @@ def test_sha256_file_is_the_hash_of_all_bytes(tmp_path: Path, monkeypatch: pytes
 
 
 def test_manifest_round_trips_and_names_the_versions(tmp_path: Path) -> None:
-    made = manifest("store", {"seed": 0}, {"corpus": "abc"}, n_tokens=7)
+    made = manifest("site", {"seed": 0}, {"corpus": "abc"}, n_latents=7)
     write_json(tmp_path / "manifest.json", made)
-    assert read_manifest(tmp_path / "manifest.json", "store") == made
-    assert made["n_tokens"] == 7
+    assert read_manifest(tmp_path / "manifest.json", "site") == made
+    assert made["n_latents"] == 7
     assert {"python", "torch", "transformers", "numpy"} <= made["versions"].keys()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"kind": "run", "format": 1}, "describes 'run', not 'store'"),
-        ({"kind": "store", "format": 99}, "format 99; this version reads format 1"),
-        ({"kind": "store"}, "format None"),
-        ({"kind": "store", "format": 1, "config": {}, "versions": {}}, "lacks sources; restore it"),
+        ({"kind": "run", "format": 1}, "describes 'run', not 'site'"),
+        ({"kind": "site", "format": 99}, "format 99; this version reads format 1"),
+        ({"kind": "site"}, "format None"),
+        (
+            {"kind": "site", "format": 1, "config": {}, "versions": {}},
+            "manifest.json: lacks the field sources; restore it",
+        ),
         ({}, "describes None"),
         ([], "describes 'list'"),
     ],
@@ -163,7 +166,7 @@ def test_manifest_round_trips_and_names_the_versions(tmp_path: Path) -> None:
 def test_read_manifest_refuses_another_kind_or_format(tmp_path: Path, content: Any, message: str) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(content), "utf-8")
     with pytest.raises(ValueError, match=message):
-        read_manifest(tmp_path / "manifest.json", "store")
+        read_manifest(tmp_path / "manifest.json", "site")
 
 
 HOLDER = """

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import tiny
 from monosem import activations, artifacts, dtypes
 from monosem.activations import ActivationStore, harvest
 from monosem.config import HarvestConfig
@@ -180,7 +181,7 @@ def test_a_harvest_begun_plain_goes_on_plain(
     whole = harvest(dataclasses.replace(config, out=f"{config.out}-whole"))
     plan = cut(config, monkeypatch)
     del plan["compiled"]  # as an older version wrote it
-    artifacts.write_json(Path(config.out) / "plan.json", plan)
+    tiny.reseal(Path(config.out) / "plan.json", plan)
     monkeypatch.setattr(torch, "compile", None)
     assert harvest(config).hash == whole.hash
 

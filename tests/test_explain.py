@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+import tiny
+from monosem import artifacts, n2g
 from monosem import explain as explain_function
-from monosem import n2g
 from monosem.activations import ActivationStore
 from monosem.artifacts import read_json, write_json
 from monosem.config import ExplainConfig
@@ -273,9 +274,9 @@ def test_probes_come_from_the_evaluation_of_the_same_autoencoder(run: Path, tmp_
     assert "n2g_recall" not in first and first.manifest["computed"]["n2g"]["n_latents"] == 0
     rows = [("b", 3, 0.5), ("a", 3, 0.25), ("a", 7, 0.125)]
     table = [{"task": task, "latent": latent, "probe_loss": loss} for task, latent, loss in rows]
-    write_json(
-        tmp_path / "run" / "eval" / "probes.json", {"sources": first.manifest["sources"], "tables": {"tasks": table}}
-    )
+    sources = first.manifest["sources"]
+    part = artifacts.manifest("evaluation-part", {}, sources, metrics={}, tables={"tasks": table}, seconds=1.0)
+    write_json(tmp_path / "run" / "eval" / "probes.json", part)
     second = explain(config)
     best, task = second.column("probe_best"), second.column("probe_task")
     assert {i: (best[i], second.manifest["probe_tasks"][task[i]]) for i in np.flatnonzero(task >= 0)} == {
@@ -336,9 +337,17 @@ def test_a_torn_or_foreign_folder_is_refused(tmp_path: Path, found: ExplainStore
     with pytest.raises(ValueError, match=r"no explanation.*monosem explain"):
         ExplainStore(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps(found.manifest))
-    with pytest.raises(ValueError, match=re.escape("density.npy cannot be read")):
+    with pytest.raises(ValueError, match=re.escape("density.npy is missing; monosem explain")):
         ExplainStore(tmp_path).column("density")
     np.save(tmp_path / "density.npy", np.zeros(3))
+    with pytest.raises(ValueError, match=re.escape("density.npy has 152 bytes, not ")):
+        ExplainStore(tmp_path).column("density")
+    manifest = {**found.manifest, "columns": dict(found.manifest["columns"])}
+    manifest["columns"]["density"] = {
+        **manifest["columns"]["density"],
+        **artifacts.file_facts(tmp_path / "density.npy"),
+    }
+    tiny.reseal(tmp_path / "manifest.json", manifest)
     with pytest.raises(ValueError, match="not the array"):
         ExplainStore(tmp_path).column("density")
     with pytest.raises(ValueError, match="no column 'colour'"):

@@ -16,7 +16,9 @@ PACKAGE = Path(monosem.__file__).parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("textfiles",),
-    ("config", "artifacts", "logs", "interrupts"),
+    ("config", "logs", "interrupts"),
+    ("formats",),
+    ("artifacts",),
     ("resources", "charts", "definitions", "explained"),
     ("torch_state",),
     ("types", "corpora"),
@@ -39,7 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 """Lowest first. A module imports lower layers and its own package only: neither siblings nor anything higher."""
 
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
-TORCH_FREE = ("textfiles", "config", "artifacts", "logs", "interrupts", "resources", "charts", "definitions")
+TORCH_FREE = ("textfiles", "config", "formats", "artifacts", "logs", "interrupts", "resources", "charts", "definitions")
 HEAVY = {"accelerate", "datasets", "gguf", "matplotlib", "plotly", "pyarrow", "scipy", "transformers"}
 TORCH_FREE_BANS = HEAVY | {"torch", "numpy"}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

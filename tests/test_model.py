@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monosem import losses, variants
+from monosem import formats, losses, variants
 from monosem.config import activations
 from monosem.model import Autoencoder, AutoencoderConfig, denormalize, initial_weights, normalize
 from monosem.types import Weights
@@ -63,11 +63,15 @@ def test_load_refuses_a_damaged_or_foreign_folder(tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "config.json").read_text())
     provenance = facts.pop("provenance")
     (tmp_path / "config.json").write_text(json.dumps(facts))
-    with pytest.raises(ValueError, match="says no provenance"):
+    with pytest.raises(ValueError, match=r"config\.json: lacks the field provenance"):
         Autoencoder.load(tmp_path)
     facts["provenance"] = provenance
-    facts["config"]["activation"] = "gelu"
+    facts["config"]["k"] = 2
     (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=r"config\.json was changed after it was written"):
+        Autoencoder.load(tmp_path)
+    facts["config"]["activation"] = "gelu"
+    (tmp_path / "config.json").write_text(json.dumps(formats.sealed(facts)))
     with pytest.raises(ValueError, match="activation is 'gelu'"):
         Autoencoder.load(tmp_path)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from monosem import artifacts, cli
+from monosem.config import EvalConfig, to_dict
 from monosem.definitions import DEFINITIONS, definition, sections
 from monosem.evals import compute_equivalent, report
 
@@ -23,13 +24,23 @@ NAMES = (
     *("progressive_kl_k1", "progressive_kl_k4", "progressive_kl_threshold", "progressive_l0_threshold"),
     *("refined_normalized_mse", "unrefined_normalized_mse", "ablation_sparsity", "ablation_sparsity_channels"),
 )
+SETTINGS = {k: v for k, v in to_dict(EvalConfig(run="", suite="quick")).items() if k not in ("run", "store", "device")}
 EVIL = "<img src=x onerror=alert(1)>|&"
 
 
 def evaluation(folder: Path, n_latents: int = 64, k: int = 4, value: float = 0.25, **run: Any) -> str:
     """A run folder with an eval.json as `evaluate` leaves it, of metrics that are all `value`."""
     metrics = {name: {"value": value, "low": value / 2, "high": 2 * value, "n": 1234, "unit": "nats"} for name in NAMES}
-    facts = {"subject": EVIL, "site": {"layer": 2, "location": "resid_post_mlp"}, "activation": "topk", **run}
+    site = {"model": "m", "revision": None, "layer": 2, "location": "resid_post_mlp"}
+    facts = {
+        "subject": EVIL,
+        "site": site,
+        "activation": "topk",
+        "context_length": 8,
+        "store": "s",
+        "d_model": 9,
+        **run,
+    }
     curve = {"from": [1.0, 2.0], "to": [1.0, 3.0], "n": [5, 9], "normalized_mse": [0.2, 0.1], "low": [0.1, 0.1]}
     kl = {"k": [1, 4], "value": [0.4, 0.2], "low": [0.3, 0.1], "high": [0.5, 0.3]}
     task = {"task": EVIL, "pooling": "mean", "n_held_out": 30, "latent": 7, "probe_loss": 0.3}
@@ -46,7 +57,8 @@ def evaluation(folder: Path, n_latents: int = 64, k: int = 4, value: float = 0.2
     }
     density = {"edges": [-3.0, -2.0, -1.0], "n_latents": [3, 5], "never": 2, "n_tokens": 1234}
     found = artifacts.manifest(
-        report.KIND, {"suite": "quick"}, {"store": "0" * 64}, run={**facts, "n_latents": n_latents, "k": k},
+        report.KIND, SETTINGS, {"autoencoder": "0" * 64, "store": "0" * 64},
+        run={**facts, "n_latents": n_latents, "k": k},
         metrics=metrics, histograms={"density_log10": density}, tables=tables,
     )  # fmt: skip
     artifacts.write_json(folder / "eval.json", found)

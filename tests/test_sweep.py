@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from monosem import cli, sweeps
+from monosem import cli, formats, sweeps
 from monosem.activations import ActivationStore, harvest
 from monosem.checkpoint import saved_step
 from monosem.config import HarvestConfig, SweepConfig, TrainConfig
@@ -303,11 +303,11 @@ def test_only_a_run_that_took_a_step_must_stay_in_the_grid(store: Path, tmp_path
     found = json.loads(report.read_text())
     run = found["runs"]["topk-n96-k3"]
     run["status"], run["step"] = "waiting", 0
-    report.write_text(json.dumps(found))
+    report.write_text(json.dumps(formats.sealed(found)))
     fewer = configured(store, tmp_path, {"base": BASE, "runs": [{}]}, hours=1e-9)
     assert list(sweep(fewer)["runs"]) == ["topk-n96-k4"]
     run["step"] = 1
-    report.write_text(json.dumps(found))
+    report.write_text(json.dumps(formats.sealed(found)))
     with pytest.raises(ValueError, match=r"holds run topk-n96-k3, which .* does not ask for"):
         sweep(fewer)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from monosem import kernels, step, training
+from monosem import formats, kernels, step, training
 from monosem.activations import ActivationStore, harvest
 from monosem.checkpoint import load_state
 from monosem.config import HarvestConfig, TrainConfig, activation_facts, activations
@@ -256,7 +256,7 @@ def test_resuming_elsewhere_says_that_bits_may_change(
     assert "bit-identical" not in caplog.text
     latest = json.loads((tmp_path / "state" / "latest.json").read_text())
     latest["bits_depend_on"] |= {"torch": "1.0", "device": "cuda:0"}
-    (tmp_path / "state" / "latest.json").write_text(json.dumps(latest))
+    (tmp_path / "state" / "latest.json").write_text(json.dumps(formats.sealed(latest)))
     (tmp_path / "autoencoder" / "config.json").unlink()
     train(configured(store, tmp_path))
     assert "resuming with device: 'cuda:0' -> 'cpu', torch: '1.0' ->" in caplog.text

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import monosem
-from monosem import artifacts, config, step, variants
+from monosem import config, step, variants
 from monosem.checkpoint import load_state, save_state
 from monosem.config import TrainConfig, activation_facts, activations
 from monosem.kernels import native_is_built, reference, select, torch_sparse
@@ -202,13 +202,25 @@ def test_sixty_steps_lower_the_loss_and_move_every_extra(name: str) -> None:
     assert state.extras.average is not None and state.extras.average.keys() == before.keys()
 
 
+STATE_FACTS: dict[str, Any] = {
+    "ema": True,
+    "stream": {"n_batches": 5, "seed": 0, "batch_size": 4, "window_blocks": 1, "source": "none"},
+    "elapsed_s": 1.0,
+    "work": {"kernel_s": 1.0, "product_s": None, "auxk_pairs": 0},
+    "selection": {"precision": "fp32", "missed_at_step": None},
+    "bits_depend_on": {"impl": "torch", "threads": 1, "device": "cpu", "torch": "2"},
+    "metrics": {"bytes": 0, "sha256": "0" * 64},
+}
+"""What a run says of its state beside the recipe."""
+
+
 @pytest.mark.parametrize("name", activations())
 def test_saved_and_resumed_training_ends_in_the_same_bits(name: str, tmp_path: Path) -> None:
     whole, recipe = started(name, clip_norm=0.5)
     advance(whole, recipe, 12)
     cut, _ = started(name, clip_norm=0.5)
     advance(cut, recipe, 5)
-    save_state(tmp_path, cut, {"ema": True, "recipe": dataclasses.asdict(recipe)})
+    save_state(tmp_path, cut, {**STATE_FACTS, "recipe": dataclasses.asdict(recipe)})
     found = load_state(tmp_path, CPU)
     assert found is not None
     resumed, facts = found
@@ -217,17 +229,6 @@ def test_saved_and_resumed_training_ends_in_the_same_bits(name: str, tmp_path: P
         want, got = flat(getattr(whole, part)), flat(getattr(resumed, part))
         assert want.keys() == got.keys() and all(torch.equal(want[n], got[n]) for n in want), part
     assert torch.equal(whole.tokens_since_fired, resumed.tokens_since_fired)
-
-
-def test_a_state_from_before_there_were_extras_still_loads(tmp_path: Path) -> None:
-    state, recipe = started("topk")
-    advance(state, recipe, 2)
-    save_state(tmp_path, state, {"ema": True})
-    latest = artifacts.read_json(tmp_path / "latest.json")
-    assert latest.pop("extras") == []
-    artifacts.write_json(tmp_path / "latest.json", latest)
-    found = load_state(tmp_path, CPU)
-    assert found is not None and torch.equal(found[0].weights.encoder, state.weights.encoder)
 
 
 def flat(part: Any, prefix: str = "") -> dict[str, Tensor]:

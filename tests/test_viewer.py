@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+import tiny
 from monosem import n2g
 from monosem.viewer import latent, search, text, web
 from monosem.viewer.notes import Notes
@@ -97,10 +98,10 @@ def test_the_table_sorts_filters_and_pages(client: TestClient, folder: Path) -> 
 
 
 def test_nan_is_last_in_both_directions(folder: Path) -> None:
-    run = Run(folder)
     column = np.load(folder / "explain/skew.npy")
     column[[3, 9]] = math.nan
-    np.save(folder / "explain/skew.npy", column)
+    tiny.reseal_explanation(folder, skew=column)
+    run = Run(folder)
     for descending in (False, True):
         assert set(run.order("skew", descending)[-2:].tolist()) >= {3, 9} or np.isnan(column).sum() > 2
         assert not np.isnan(column[run.order("skew", descending)[0]])
@@ -251,7 +252,7 @@ def test_a_run_that_breaks_stays_as_it_was_and_says_so(folder: Path, open_site: 
     assert page.status_code == 200 and "eval.json is not valid JSON" in page.text and "normalized_mse" in page.text
     (folder / "eval.json").unlink()
     manifest = json.loads((folder / "explain/manifest.json").read_text())
-    (folder / "explain/manifest.json").write_text(json.dumps({**manifest, "n_latents": 63}))
+    tiny.reseal(folder / "explain/manifest.json", {**manifest, "n_latents": 63})
     assert "is of another autoencoder (n_latents)" in client.get("/").text
     with pytest.raises(ValueError, match="holds no autoencoder"):
         Site(folder / "explain")
@@ -385,14 +386,10 @@ def test_a_rule_says_how_often_any_token_follows_another(folder: Path) -> None:
 
 
 def test_a_number_that_is_0_of_0_is_not_said_to_be_missing(folder: Path) -> None:
-    path = folder / "explain/manifest.json"
-    manifest = json.loads(path.read_text("utf-8"))
     for name in ("n2g_recall", "n2g_density"):
         column = np.full(N_LATENTS, np.nan, np.float32)
         column[5] = 0 if name == "n2g_density" else np.nan
-        np.save(folder / f"explain/{name}.npy", column)
-        manifest["columns"][name] = {"dtype": "float32", "shape": [N_LATENTS], "meaning": name}
-    path.write_text(json.dumps(manifest), "utf-8")
+        tiny.reseal_explanation(folder, **{name: column})
     for i, said in ((5, "0 of 0"), (6, None)):
         (recall,) = (s for s in latent.statistics(Run(folder), i) if s["name"] == "n2g_recall")
         assert recall["undefined"] == said and (recall["command"] is None) == (said is not None)

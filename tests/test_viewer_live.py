@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from monosem.artifacts import read_json, write_json
+import tiny
+from monosem.artifacts import read_json
 from monosem.config import ExplainConfig, TrainConfig
 from monosem.explanations.entry import explain
 from monosem.model import Autoencoder
@@ -226,7 +227,7 @@ def test_other_sites_are_not_compared(runs: Path, tmp_path: Path) -> None:
     path = tmp_path / "elsewhere/autoencoder/config.json"
     config = read_json(path)
     config["provenance"]["site"]["layer"] += 1
-    write_json(path, config)
+    tiny.reseal(path, config)
     client = opened(runs / "one", others=[tmp_path / "elsewhere"])
     found = client.get(f"{API}/compare", params={"with": "elsewhere"}).json()
     assert "different sites" in found["unlike"] and found["table"] is None
@@ -289,7 +290,7 @@ def test_kept_matches_of_something_else_are_not_taken(
         other.save(kept / "autoencoder")
     else:
         manifest = kept / "explain/manifest.json"
-        write_json(manifest, read_json(manifest) | {"n_tokens": 77})
+        tiny.reseal(manifest, read_json(manifest) | {"n_tokens": 77})
     computed: list[str] = []
 
     def watched(name: str, usual: Any) -> Any:

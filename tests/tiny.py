@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -22,6 +23,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from monosem import artifacts, formats
 
 FAMILIES = ("llama", "gpt2", "gemma3_text", "gpt_neox", "bert")
 SPECIAL = ("<s>", "</s>", "<pad>")
@@ -117,3 +120,23 @@ def _model(family: str) -> Any:
         case "bert":
             return BertForMaskedLM(BertConfig(**shape, **wide))
     raise ValueError(f"no tiny {family}; choose one of {', '.join(FAMILIES)}")
+
+
+def reseal(path: Path, data: dict[str, Any] | None = None) -> None:
+    """Write `data`, or what is in the file, as a whole manifest: what a test has changed in it is taken for true."""
+    artifacts.write_json(path, formats.sealed(artifacts.read_json(path) if data is None else data))
+
+
+def reseal_explanation(run: Path, **columns: np.ndarray) -> None:
+    """Write these columns of RUN/explain, and let its manifest vouch for every file as it is now."""
+    folder = run / "explain"
+    manifest = artifacts.read_json(folder / "manifest.json")
+    for name, array in columns.items():
+        np.save(folder / f"{name}.npy", array)
+        about = {"dtype": str(array.dtype), "shape": list(array.shape), "meaning": name, "part": "activations"}
+        manifest["columns"][name] = about
+    for name, facts in manifest["columns"].items():
+        facts |= artifacts.file_facts(folder / f"{name}.npy")
+    for name in ("words.sqlite", "vocabulary.json"):
+        manifest["files"][name] = {"part": "words", **artifacts.file_facts(folder / name)}
+    reseal(folder / "manifest.json", manifest)

@@ -60,13 +60,13 @@ def write_words(folder: Path, explanations: dict[int, str]) -> None:
                 (latent, words, f"token{peak}", "once upon a time"),
             )
     file.close()
+    tiny.reseal_explanation(folder)
 
 
 def write_ablations(folder: Path, latents: list[int]) -> None:
     """The columns of ablations as the explanation has them: two examples of each of the latents, effects made up."""
-    path = folder / "explain/manifest.json"
-    manifest = json.loads(path.read_text("utf-8"))
-    a, x, context = len(latents), 2, manifest["context_length"]
+    context = json.loads((folder / "explain/manifest.json").read_text("utf-8"))["context_length"]
+    a, x = len(latents), 2
     kl = np.full((a, x, context), np.nan, np.float32)
     kl[:, :, 8:] = np.linspace(0.01, 1, context - 8)
     tokens = np.tile(np.arange(10, dtype=np.int32), (a, x, 1))
@@ -82,7 +82,4 @@ def write_ablations(folder: Path, latents: list[int]) -> None:
     }  # fmt: skip
     for kind, sign in (("logits_up", 1), ("logits_down", -1), ("probs_up", 0.1), ("probs_down", -0.1)):
         columns |= {f"ablation_{kind}": votes, f"ablation_{kind}_values": np.float32(sign) * values}
-    for name, array in columns.items():
-        np.save(folder / f"explain/{name}.npy", array)
-        manifest["columns"][name] = {"dtype": str(array.dtype), "shape": list(array.shape), "meaning": name}
-    path.write_text(json.dumps(manifest), "utf-8")
+    tiny.reseal_explanation(folder, **columns)

@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 import logging
 import shutil
 import threading
@@ -31,11 +30,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from monosem import artifacts, dtypes
+from monosem import artifacts, dtypes, formats
 from monosem.artifacts import sha256_file
 from monosem.config import HarvestConfig, changed_fields, to_dict
 from monosem.corpora import corpus_hash, is_local
@@ -140,7 +139,7 @@ class ActivationStore:
         self.manifest = manifest
         files = [manifest["mean"], *(file for split in SPLITS for file in self._files(split))]
         for file in files:
-            _check_size(path / file["file"], file["bytes"])
+            artifacts.check_size(artifacts.inside(path, file["file"]), file["bytes"], _REPAIR)
         self.subject_dtype: str = manifest["subject_dtype"]
         """Precision that the subject ran in: bfloat16 or float32."""
         self.hash = artifacts.hash_names([self.subject_dtype, *(file["sha256"] for file in files)])
@@ -165,11 +164,7 @@ class ActivationStore:
             unfinished = (path / "plan.json").exists()
             reason = "its harvest did not finish; run the same harvest again" if unfinished else "harvest one first"
             raise ValueError(f"{path} is not an activation store with a manifest.json: {reason}")
-        manifest = artifacts.read_manifest(path / "manifest.json", KIND)
-        try:
-            return cls(path, manifest)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path / 'manifest.json'} is damaged ({error!r}); {_REPAIR}") from None
+        return cls(path, artifacts.read_manifest(path / "manifest.json", KIND))
 
     @property
     @pinned_methods
@@ -214,7 +209,8 @@ class ActivationStore:
         tokens, documents, positions = (torch.cat([s.get_tensor(name) for s in shards]) for name in _ADDRESS)
         file = self._split(split)["documents"]
         _check_sha256(self.path / file["file"], file["sha256"])
-        return Contexts(tokens, documents, positions, artifacts.read_json(self.path / file["file"]))
+        names = artifacts.read_as(self.path / file["file"], list[str])
+        return Contexts(tokens, documents, positions, names)
 
     def _files(self, split: str) -> list[dict[str, Any]]:
         return [self._split(split)["documents"], *self._split(split)["shards"]]
@@ -233,7 +229,10 @@ class ActivationStore:
         with self._lock:
             if path not in self._open:
                 _check_sha256(path, file["sha256"])
-                self._open[path] = safe_open(path, framework="pt")
+                try:
+                    self._open[path] = safe_open(path, framework="pt")
+                except SafetensorError as error:
+                    raise ValueError(f"{path} is no safetensors file ({error}); {_REPAIR}") from None
             return self._open[path]
 
 
@@ -528,22 +527,25 @@ def _write_shard(job: _Job, file: str, blocks: list[dict[str, Tensor]]) -> dict[
         "first_norm_sum": norms[:, 0].sum().item(),
         "n_large": int((row_norms > LARGE_NORM * row_norms.median()).sum()),
     }
-    artifacts.write_json((job.out / file).with_suffix(".json"), sidecar)
+    artifacts.write_json((job.out / file).with_suffix(".json"), formats.sealed(sidecar))
     return sidecar
 
 
 def _finished_sidecar(out: Path, file: str) -> dict[str, Any] | None:
     """The sidecar of a shard that is there and whole, else None: the shard is to be written (again)."""
-    path = out / file
-    try:
-        sidecar = json.loads(path.with_suffix(".json").read_text("utf-8"))
-        if sha256_file(path) == sidecar["sha256"]:
-            return sidecar
-    except FileNotFoundError:
+    path = artifacts.inside(out, file)
+    about = path.with_suffix(".json")
+    if not (path.exists() and about.exists()):
         return None
-    except (ValueError, KeyError, TypeError) as error:  # not UTF-8, not JSON, or not a sidecar
-        log.debug("%s: %r", path.with_suffix(".json"), error)
-    log.warning("%s is damaged and is harvested again", path)
+    try:
+        sidecar = artifacts.read_json(about)
+        formats.typed(formats.ShardSidecar, sidecar)
+        if sidecar["file"] != file or not formats.is_sealed(sidecar):
+            raise ValueError(f"{about} is not as it was written")
+        artifacts.check_file(path, sidecar, "it is of its sidecar")
+        return sidecar
+    except ValueError as error:
+        log.warning("%s is damaged and is harvested again (%s)", path, error)
     return None
 
 
@@ -565,7 +567,7 @@ def _norms(sidecars: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _file_facts(out: Path, path: Path) -> dict[str, Any]:
-    return {"file": path.relative_to(out).as_posix(), "sha256": sha256_file(path), "bytes": path.stat().st_size}
+    return {"file": path.relative_to(out).as_posix(), **artifacts.file_facts(path)}
 
 
 def _write_bytes(path: Path, payload: bytes) -> None:
@@ -573,13 +575,6 @@ def _write_bytes(path: Path, payload: bytes) -> None:
         temporary.write_bytes(payload)
 
     artifacts.write_atomic(path, write)
-
-
-def _check_size(path: Path, n_bytes: int) -> None:
-    found = path.stat().st_size if path.exists() else None
-    if found != n_bytes:
-        state = "is missing" if found is None else f"has {found} bytes, not {n_bytes}"
-        raise ValueError(f"{path} {state}; {_REPAIR}")
 
 
 def _check_sha256(path: Path, expected: str) -> None:

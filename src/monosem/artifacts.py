@@ -12,6 +12,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -20,13 +21,17 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
-from monosem import textfiles
+from monosem import formats, textfiles
 
 FORMAT_VERSION = 1
+T = TypeVar("T")
 _HASH_CHUNK = 1 << 22
+_LONGEST_NAME = 255
+_DIGITS = 300
+"""Of a whole number, at most: a float holds it."""
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -82,6 +87,11 @@ def require_ours(path: str | Path, is_ours: Callable[[Path], bool]) -> None:
     require_regular(path)
     if path.exists() and not is_ours(path):
         raise ValueError(f"{path} is there and monosem did not make it; choose another name, or move it away")
+
+
+def says_kind(path: Path, kind: str) -> bool:
+    """Whether the file is a manifest of that kind, perhaps a damaged one."""
+    return f'"kind": "{kind}"'.encode() in path.read_bytes()
 
 
 def require_writable(path: str | Path) -> None:
@@ -141,21 +151,48 @@ def write_json(path: str | Path, data: Any) -> None:
     write_atomic(path, lambda temporary: _write_text(temporary, text))
 
 
-def read_json(path: str | Path) -> Any:
-    """The JSON in `path`; `ValueError` when it is missing, not JSON, or says a name twice."""
+def read_json(path: str | Path, *, halves: bool = False) -> Any:
+    """The JSON in `path`; `ValueError` when it is missing, no regular file, or not strict JSON (`parse_json`)."""
+    return parse_json(textfiles.read_text(Path(path)), str(path), halves=halves)
+
+
+def read_as(path: str | Path, kind: type[T], *, halves: bool = False) -> T:
+    """The JSON in `path`, of this type or class of `formats`; `ValueError` names the file and the field at fault."""
+    data = read_json(path, halves=halves)
+    try:
+        return formats.typed(kind, data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; restore it from a copy or make it again") from None
+
+
+def parse_json(text: str, name: str, *, halves: bool = False) -> Any:
+    """The JSON in `text`, which messages call `name`.
+
+    `ValueError` when it is not JSON, says a name twice, holds a number that is no finite one or (unless `halves`) half
+    of a character pair, or is nested too deep to be read.
+    """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{path} says {twice!r} twice in one object; keep one of them")
+            raise ValueError(f"says {twice!r} twice in one object; keep one of them")
         return found
 
     try:
-        return json.loads(textfiles.read_text(Path(path)), object_pairs_hook=once)
+        data = json.loads(text, object_pairs_hook=once, parse_constant=_number, parse_float=_number, parse_int=_whole)
+        if not halves and "\\ud" in text.lower():
+            json.dumps(data, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); delete it or restore it from a copy") from None
+        raise ValueError(f"{name} is not valid JSON ({error}); delete it or restore it from a copy") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} holds half of a character pair (a lone surrogate); correct it") from None
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deep; delete it or restore it from a copy") from None
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
+    return data
 
 
 def sha256_file(path: str | Path) -> str:
@@ -172,28 +209,82 @@ def hash_names(names: list[str]) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
+def inside(folder: str | Path, name: str) -> Path:
+    """`folder`/`name` for a name that was read from a file: a plain relative one that stays in the folder.
+
+    `ValueError` for any other (absolute, with `..`, a link that leads out of the folder).
+    """
+    folder, parts = Path(folder), PurePosixPath(name).parts
+    plain = parts and name == "/".join(parts) and not {"/", ".."} & set(parts)
+    if not plain or "\\" in name or not name.isprintable() or max(map(len, parts)) > _LONGEST_NAME:
+        raise ValueError(f"{folder} is said to hold {name!r}, which is no plain name of a file in it")
+    path = folder / name
+    try:
+        outside = not path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError) as error:  # too long a name; links in a circle
+        raise ValueError(f"{path} cannot be found ({error}); restore it from a copy") from None
+    if outside:
+        raise ValueError(f"{path} is a link that leads out of {folder}; put the file itself there")
+    return path
+
+
+def check_size(path: Path, n_bytes: int, repair: str) -> None:
+    """`ValueError`, with how to `repair` it, unless `path` is a regular file of so many bytes."""
+    try:
+        found = path.stat()
+    except OSError:
+        raise ValueError(f"{path} is missing; {repair}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path} is not a regular file; {repair}")
+    if found.st_size != n_bytes:
+        raise ValueError(f"{path} has {found.st_size} bytes, not {n_bytes}; {repair}")
+
+
+def check_file(path: Path, facts: dict[str, Any], repair: str) -> None:
+    """`ValueError`, with how to `repair` it, unless the file has the `bytes` and `sha256` of `facts`."""
+    check_size(path, facts["bytes"], repair)
+    if sha256_file(path) != facts["sha256"]:
+        raise ValueError(f"{path} does not match its sha256 in the manifest; {repair}")
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """`sha256` and `bytes` of a file, for the manifest above it."""
+    return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+
+
 def manifest(kind: str, config: dict[str, Any], sources: dict[str, str], **facts: Any) -> dict[str, Any]:
-    """What made a folder: its kind and format, the config, its sources' hashes, the versions, and `facts`."""
-    return {
+    """What made a folder: its kind and format, the config, its sources' hashes, the versions, `facts`, and a seal.
+
+    Change nothing of it afterwards: it would not be read again.
+    """
+    return formats.sealed({
         "kind": kind,
         "format": FORMAT_VERSION,
         "config": config,
         "sources": sources,
         "versions": versions(),
         **facts,
-    }
+    })  # fmt: skip
 
 
 def read_manifest(path: str | Path, kind: str) -> dict[str, Any]:
-    """The manifest in `path`, checked for kind and format; `ValueError` says which differs."""
-    data = read_json(path)
+    """The manifest in `path`, checked for kind, format, the type of every field, and its seal (`checked_manifest`)."""
+    return checked_manifest(read_json(path), kind, str(path))
+
+
+def checked_manifest(data: Any, kind: str, name: str) -> dict[str, Any]:
+    """`data` if it is a manifest of this kind, as it was written; `ValueError` says what differs, and of which file."""
     if not isinstance(data, dict) or data.get("kind") != kind:
         found = data.get("kind") if isinstance(data, dict) else type(data).__name__
-        raise ValueError(f"{path} describes {found!r}, not {kind!r}; give the folder of one")
-    if data.get("format") != FORMAT_VERSION:
-        raise ValueError(f"{path} has format {data.get('format')}; this version reads format {FORMAT_VERSION}")
-    if missing := sorted({"config", "sources", "versions"} - data.keys()):
-        raise ValueError(f"{path} lacks {', '.join(missing)}; restore it from a copy or make it again")
+        raise ValueError(f"{name} describes {found!r}, not {kind!r}; give the folder of one")
+    if data.get("format") != FORMAT_VERSION or data["format"] is True:
+        raise ValueError(f"{name} has format {data.get('format')!r}; this version reads format {FORMAT_VERSION}")
+    try:
+        formats.check(kind, data)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; restore it from a copy or make it again") from None
+    if not formats.is_sealed(data):
+        raise ValueError(f"{name} was changed after it was written (its seal); restore it from a copy or make it again")
     return data
 
 
@@ -277,6 +368,20 @@ def _os_error_code(error: Exception) -> int | None:
         " requested and ",
     )  # SQLite, twice, and numpy: `100 requested and 20 written`
     return errno.ENOSPC if any(words in said for words in full) else None
+
+
+def _number(text: str) -> float:
+    """A JSON number; NaN and what no float can hold are refused."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"holds the number {text}, which is not finite; correct it")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"holds a whole number of {len(text)} digits; correct it")
+    return int(text)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -25,8 +25,8 @@ def save_state(folder: str | Path, state: TrainState, facts: dict[str, Any]) -> 
     name = f"state-{state.step:08d}.safetensors"
     tensors = {key: value.cpu().contiguous() for key, value in _tensors(state).items()}
     artifacts.write_atomic(folder / name, lambda temporary: save_file(tensors, temporary))
-    pointer = {"file": name, "sha256": artifacts.sha256_file(folder / name), "step": state.step, **facts}
-    pointer["extras"] = sorted(state.extras.values)
+    sha256, extras = artifacts.sha256_file(folder / name), sorted(state.extras.values)
+    pointer = {"file": name, "sha256": sha256, "step": state.step, **facts, "extras": extras}
     artifacts.write_json(folder / "latest.json", artifacts.manifest("training-state", {}, {}, **pointer))
     for old in [*folder.glob("state-*.safetensors"), *folder.glob(".*.tmp")]:  # a killed process left the latter
         if old.name != name:
@@ -51,11 +51,11 @@ def load_state(folder: str | Path, device: torch.device) -> tuple[TrainState, di
     if not (folder / "latest.json").exists():
         return None
     facts = artifacts.read_manifest(folder / "latest.json", "training-state")
-    path = folder / facts["file"]
-    if not path.exists() or artifacts.sha256_file(path) != facts["sha256"]:
+    path = artifacts.inside(folder, facts["file"])
+    if not path.is_file() or artifacts.sha256_file(path) != facts["sha256"]:
         raise ValueError(f"{path} is missing or damaged (checksum); delete {folder} to train again from the start")
     parts = ("weights", "first", "second", *(["average"] if facts["ema"] else []))
-    names = [*Weights._fields, *facts.get("extras", [])]  # states written before there were extras have none
+    names = [*Weights._fields, *facts["extras"]]
     expected = {f"{part}.{name}" for part in parts for name in names} | {"tokens_since_fired", "n_auxk_dropped"}
     # A copy lies in memory as a new tensor does: BLAS may sum in another order at another alignment.
     found = {key: value.to(device, copy=True) for key, value in load_checked(path, expected).items()}

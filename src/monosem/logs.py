@@ -6,7 +6,9 @@ The library writes neither to stdout nor to stderr unless `show_progress(True)` 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
+
+log = logging.getLogger("monosem")
 
 T = TypeVar("T")
 tqdm.monitor_interval = 0  # no thread of its own: there may be none to have
@@ -105,29 +109,72 @@ class MetricsLog:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._written, self._digest = 0, hashlib.sha256()
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row. A number that is not finite becomes null: JSON has none."""
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        with open(self.path, "ab") as file:
+            file.write(line)
+        self._count(line)
 
-    def rewind(self, step: int) -> None:
-        """Keep the whole rows with `row["step"] <= step` (a torn last line is dropped too)."""
-        rows = [row for row in self.rows() if row["step"] <= step]
+    def kept(self) -> dict[str, Any]:
+        """What a state saved now says of the rows so far, which are on the disk when this returns."""
         if self.path.exists():
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
+        return {"bytes": self._written, "sha256": self._digest.hexdigest()}
+
+    def rewind(self, kept: dict[str, Any] | None) -> None:
+        """Keep the rows up to a state, of which it says `kept`; without a state none. A torn last line goes too.
+
+        `ValueError` when these rows are not as they were; a file that is gone is begun again, with a warning.
+        """
+        found = self.path.read_bytes() if self.path.exists() else b""
+        n_bytes = kept["bytes"] if kept is not None else 0
+        if n_bytes and not self.path.exists():
+            log.warning("%s is gone, and its rows with it; new ones begin another", self.path)
+            n_bytes = 0
+        rows = found[:n_bytes]
+        if kept is not None and n_bytes and hashlib.sha256(rows).hexdigest() != kept["sha256"]:
+            raise ValueError(
+                f"{self.path} is not as the saved state knows it ({_damage(rows, n_bytes)}); restore it from a copy, "
+                "or move it away to go on without its rows"
+            )
+        if found != rows:
             temporary = self.path.with_name(f".{self.path.name}.tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            temporary.write_bytes(rows)
             os.replace(temporary, self.path)  # at once: a kill leaves the old rows or the new ones
+        self._written, self._digest = 0, hashlib.sha256()
+        self._count(rows)
 
     def rows(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
+        """The rows, but for a last line that a kill has torn; `ValueError` naming any other line that is no row."""
         found = []
-        for line in self.path.read_text("utf-8").splitlines():
+        *whole, last = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
+        for number, line in enumerate([*whole, *([last] if last else [])], 1):
             try:
                 found.append(json.loads(line))
-            except json.JSONDecodeError:  # torn by a kill: it and all after it are written again
-                break
+            except (ValueError, RecursionError) as error:
+                if number > len(whole):
+                    break
+                raise ValueError(f"{self.path} line {number} is no row ({error}); restore it from a copy") from None
         return found
+
+    def _count(self, data: bytes) -> None:
+        self._written += len(data)
+        self._digest.update(data)
+
+
+def _damage(rows: bytes, n_bytes: int) -> str:
+    """What is wrong with rows that are not as they were."""
+    if len(rows) < n_bytes:
+        return f"{len(rows)} bytes where there were {n_bytes}"
+    for number, line in enumerate(rows.splitlines(), 1):
+        try:
+            json.loads(line)
+        except (ValueError, RecursionError):
+            return f"line {number} is not JSON"
+    return "a row was changed"

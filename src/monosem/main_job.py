@@ -35,8 +35,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     if not config.out:
         raise ValueError("out is empty; give the folder of the main job")
     out = Path(config.out)
-    if (out / "run.json").exists():
-        artifacts.read_manifest(out / "run.json", "run")  # before the hours: what others made is not overwritten
+    if not (out / "train.json").exists():  # before the hours: what others made is not overwritten
+        artifacts.require_ours(out / "run.json", lambda path: artifacts.says_kind(path, "run"))
     shared = Shared()
     if config.eval.suite != "basic" and not (out / "eval.json").exists():
         check_tasks(config.eval, shared)  # before the hours
@@ -70,7 +70,12 @@ def _seconds_of_the_work(
     path: Path, configs: dict[str, Any], seconds: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float] | None]:
     """Stage by stage, the longer of this time and the last of the same configs, as skipping is quick; and the last."""
-    before = artifacts.read_manifest(path, "run") if path.exists() else {}
+    before: dict[str, Any] = {}
+    if path.exists():
+        try:
+            before = artifacts.read_manifest(path, "run")
+        except ValueError as error:
+            log.warning("%s; it is written again, with the seconds of this call alone", error)
     if before.get("config") != configs:
         return seconds, None
     kept = {name: max(now, before["seconds"].get(name, 0.0)) for name, now in seconds.items() if name != "total"}

@@ -175,20 +175,18 @@ class Autoencoder(nn.Module):
                 f"{folder} holds no autoencoder (no config.json); give the folder that `monosem train` released"
             )
         data = artifacts.read_manifest(folder / "config.json", "autoencoder")
-        if data.get("normalization") != _NORMALIZATION:
+        if data["normalization"] != _NORMALIZATION:
             raise ValueError(
-                f"{folder} normalises its input by {data.get('normalization')}; this version knows {_NORMALIZATION}"
+                f"{folder} normalises its input by {data['normalization']}; this version knows {_NORMALIZATION}"
             )
         path = folder / WEIGHTS_FILE
-        if not path.exists() or artifacts.sha256_file(path) != data.get("weights_sha256"):
+        if not path.is_file() or artifacts.sha256_file(path) != data["weights_sha256"]:
             raise ValueError(
                 f"{path} is missing or damaged (its checksum is not the one in config.json); restore it or train again"
             )
         settings = config.from_dict(AutoencoderConfig, data["config"])
         names = variants.extra_names(settings.activation)
         tensors = load_checked(path, {*Weights._fields, *names})
-        if not isinstance(data.get("provenance"), dict):
-            raise ValueError(f"{folder / 'config.json'} says no provenance; restore the file or train again")
         extras = {name: tensors.pop(name) for name in names}
         return Autoencoder(settings, Weights(**tensors), data["provenance"], extras).to(device)
 
@@ -204,6 +202,8 @@ def load_checked(path: Path, names: tuple[str, ...] | set[str]) -> dict[str, Ten
         raise ValueError(f"{path} cannot be read ({error}); restore it from a copy or make it again") from None
     if set(tensors) != set(names):
         raise ValueError(f"{path} holds {sorted(tensors)}; it should hold {sorted(names)}")
+    if wrong := [name for name, tensor in tensors.items() if tensor.dtype not in (torch.float32, torch.int64)]:
+        raise ValueError(f"{path} holds {wrong[0]} as {tensors[wrong[0]].dtype}; it should be float32")
     return tensors
 
 

@@ -136,7 +136,11 @@ class Subject:
     def hash(self) -> str:
         """sha256 that identifies the weights: over the names and SHA-256s of the safetensors files."""
         record = self._folder / loading.RECORD
-        return artifacts.read_json(record)["hash"] if record.exists() else loading.weights_hash(self._folder)
+        return (
+            artifacts.read_manifest(record, "subject")["hash"]
+            if record.exists()
+            else loading.weights_hash(self._folder)
+        )
 
     def site(self, layer: int | None = None, location: str = "resid_post_mlp", revision: str | None = None) -> Site:
         """The site at a 0-based layer, default ceil(0.75 L) - 1: three quarters in (Gao et al. 2024, section 1).

@@ -152,13 +152,24 @@ class Run:
         else:
             self.state, facts = saved
             self.selection = Selection(**facts["selection"])
-            self.recipe = step.Recipe(**facts["recipe"])
-            self.elapsed_s, self.work = facts["elapsed_s"], Work(**facts.get("work", {}))
+            self.recipe = self._recipe_of(facts)
+            self.elapsed_s, self.work = facts["elapsed_s"], Work(**facts["work"])
             supply.stream.check(facts["stream"])
             self._warn_if_bits_may_change(facts)
             log.info("resuming %s at step %d of %d", self.out, self.state.step, self.recipe.n_steps)
-        self.metrics.rewind(self.state.step)
+        self.metrics.rewind(None if saved is None else saved[1]["metrics"])
         self.saved_step = self.state.step if saved else -1
+
+    def _recipe_of(self, facts: dict[str, Any]) -> step.Recipe:
+        """The recipe of a saved state; `ValueError` unless it is the one that follows from the config."""
+        found = facts["recipe"]
+        wanted = dataclasses.asdict(step.recipe(self.config, self.store.width, found["mse_scale"]))
+        if changed := changed_fields(*({**each, "precision": None} for each in (found, wanted))):
+            raise ValueError(
+                f"the state in {self.out / 'state'} is of another run ({'; '.join(changed)}); restore it from a copy, "
+                "or delete it to train again from the start"
+            )
+        return step.Recipe(**found)
 
     def _start(self) -> None:
         sample = self.supply.sample
@@ -288,6 +299,7 @@ class Run:
             "work": self.work.to_dict(),
             "selection": dataclasses.asdict(self.selection),
             "bits_depend_on": self._bits_depend_on(),
+            "metrics": self.metrics.kept(),
         }
         save_state(self.out / "state", self.state, facts)
         self.saved_step = self.state.step
@@ -353,7 +365,7 @@ class Run:
         return {"impl": self.impl, "threads": self.threads, "device": device, "torch": torch_version}
 
     def _warn_if_bits_may_change(self, facts: dict[str, Any]) -> None:
-        if changed := changed_fields(facts.get("bits_depend_on", {}), self._bits_depend_on()):
+        if changed := changed_fields(facts["bits_depend_on"], self._bits_depend_on()):
             log.warning("resuming with %s: results stay right but not bit-identical", ", ".join(changed))
 
 

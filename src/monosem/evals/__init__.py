@@ -51,7 +51,7 @@ def evaluate(
     there is no autoencoder, its store is missing or of another site or subject, the subject is not there, or a number
     of the first part is not finite.
     """
-    device = resolve_device(config.device)
+    device, given = resolve_device(config.device), autoencoder is not None
     autoencoder, store, digest = _judged_on(config, autoencoder, device)
     settings = {name: value for name, value in to_dict(config).items() if name not in _MAY_CHANGE}
     sources = {"autoencoder": digest, "store": store.hash}
@@ -59,6 +59,8 @@ def evaluate(
     if found := _finished(path, KIND, settings, sources):  # read without a lock, where nothing may be writable
         log.info("%s is already of this autoencoder, store and config; skipped", path)
         return {key: found.get(key, {}) for key in _REPORT_KEYS}
+    if given:  # else the folder is of a run of ours
+        artifacts.require_ours(path, lambda there: artifacts.says_kind(there, KIND))
     with artifacts.folder_lock(config.run):
         judged = Judged(config, autoencoder, store, device, shared)
         parts = {name: part for name in SIZES[config.suite] if (part := _kept(name, judged, sources)) is not None}
@@ -178,7 +180,11 @@ def _finished(path: Path, kind: str, settings: dict[str, Any], sources: dict[str
     """The manifest in `path` if it answers this very question, or it and more (a suite larger than basic)."""
     if not path.exists():
         return None
-    found = artifacts.read_manifest(path, kind)
+    try:
+        found = artifacts.read_manifest(path, kind)
+    except ValueError as error:
+        log.warning("%s: evaluating again", error)
+        return None
     version = artifacts.versions().get("monosem")
     at_least = [settings]
     if settings.get("suite") == "basic":

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from monosem import n2g
+from monosem import artifacts, formats, n2g
 from monosem.evals.bootstrap import as_metric, bootstrap, ratio
 from monosem.evals.explainability import Explanation, Fired, Record, Scores
 from monosem.n2g import Examples
@@ -115,10 +115,11 @@ class Answers:
     def _knows(self, line: bytes) -> bool:
         """Whether the line is an answer, which is then known."""
         try:
-            row = json.loads(line.decode("utf-8-sig"))
-            self.known[_key(row["judge"], row["prompt"])] = row["answer"]
-        except (ValueError, LookupError, TypeError, RecursionError):
+            data = artifacts.parse_json(line.decode("utf-8-sig"), str(self.path), halves=True)
+            row = formats.typed(formats.Answer, data)
+        except ValueError:
             return False
+        self.known[_key(row.judge, row.prompt)] = row.answer
         return True
 
     def __call__(self, prompt: str) -> str:

@@ -6,7 +6,12 @@ top of those that are there.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import shutil
+import struct
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +23,18 @@ from monosem.evals import ablation
 from monosem.explanations.job import Job, Of
 from monosem.logs import progress
 
+log = logging.getLogger("monosem")
+
 FOLDER = "ablations"
 KIND = "latent-ablations"
 N_EXAMPLES = 4
 """Of the strongest."""
 N_MOVED = 10
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, EOFError, TypeError, SyntaxError, MemoryError, RuntimeError, struct.error),
+    *(zipfile.BadZipFile, zlib.error),
+)
+"""What numpy raises on damaged .npz files."""
 _VOTES = {
     f"{kind}_{side}": f"tokens whose {what} the ablation moves {side} most in the prediction of each token; -1 for none"
     for kind, what in (("logits", "logit (less the median over the vocabulary)"), ("probs", "probability"))
@@ -34,9 +46,10 @@ def make(job: Job, of: Of, latents: list[int]) -> None:
     """The ablations of `latents` as columns, a row a latent in rising order."""
     folder = job.folder / FOLDER
     _check_same(folder, of)
-    todo = [latent for latent in latents if not (folder / f"{latent}.npz").exists()]
+    todo = [latent for latent in latents if _read(folder, latent) is None]
     for latent in progress(todo, "ablate", "latent", total=len(todo), each=1):
         found = _of_latent(job, latent)
+        found["seal"] = _seal(latent, found)
 
         def save(temporary: Path, found: dict[str, np.ndarray] = found) -> None:
             with open(temporary, "wb") as file:
@@ -51,9 +64,40 @@ def _check_same(folder: Path, of: Of) -> None:
     """Start again where the ablations kept are of other examples."""
     path = folder / "manifest.json"
     made = artifacts.manifest(KIND, {"of": of["activations"], "n_examples": N_EXAMPLES}, {})
-    if not path.exists() or artifacts.read_manifest(path, KIND)["config"] != made["config"]:
+    try:
+        same = path.exists() and artifacts.read_manifest(path, KIND)["config"] == made["config"]
+    except ValueError as error:
+        log.warning("%s; all ablations are made again", error)
+        same = False
+    if not same:
         shutil.rmtree(folder, ignore_errors=True)
         artifacts.write_json(path, made)
+
+
+def _seal(latent: int, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """sha256 of the latent's number and the arrays, as 32 bytes."""
+    digest = hashlib.sha256(str(latent).encode())
+    for name, array in sorted(arrays.items()):
+        if name != "seal":
+            digest.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _read(folder: Path, latent: int) -> dict[str, np.ndarray] | None:
+    """What is kept of a latent; None, with a warning, where that is not as it was written."""
+    path = folder / f"{latent}.npz"
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = dict(file)
+        if np.array_equal(found["seal"], _seal(latent, found)):
+            return found
+        reason = "it was changed"
+    except _UNREADABLE as error:
+        reason = repr(error)
+    log.warning("%s is damaged and made again (%s)", path, reason)
+    return None
 
 
 def _of_latent(job: Job, latent: int) -> dict[str, np.ndarray]:
@@ -80,15 +124,21 @@ def _padded(array: np.ndarray) -> np.ndarray:
     return np.concatenate([array, np.full(missing, np.nan if array.dtype.kind == "f" else -1, array.dtype)])
 
 
+def _merged(folder: Path, latents: list[int]) -> dict[str, np.ndarray]:
+    """By name a row a latent; one file is open at a time."""
+    merged: dict[str, np.ndarray] = {}
+    for i, latent in enumerate(latents):
+        found = _read(folder, latent)
+        if found is None:
+            raise ValueError(f"{folder / str(latent)}.npz was changed while it was used; run the same command again")
+        for name, array in found.items():
+            merged.setdefault(name, np.empty((len(latents), *array.shape), array.dtype))[i] = array
+    return merged
+
+
 def _write_columns(job: Job, latents: list[int]) -> None:
     folder, write = job.folder / FOLDER, job.writer.write
-    rows = []
-    for latent in latents:
-        with np.load(
-            folder / f"{latent}.npz", allow_pickle=False
-        ) as file:  # closed: there may be more than can be open
-            rows.append(dict(file))
-    merged = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    merged = _merged(folder, latents)
     sparsity = np.full(job.n_latents, np.nan, np.float32)
     with np.errstate(invalid="ignore"):
         sums, n = np.nansum(merged["sparsity"], axis=1), (~np.isnan(merged["sparsity"])).sum(axis=1)

@@ -47,6 +47,7 @@ def explain(config: ExplainConfig) -> ExplainStore:
     job = Job(config, folder)
     wanted = _planned(job)
     todo = {name for name in PARTS if name not in job.computed or job.computed[name]["of"] != wanted[name]}
+    todo |= job.damaged.keys()
     if not todo and not job.failed:
         log.info("%s is already complete; skipped", job.folder)  # read without a lock, where nothing may be writable
         return ExplainStore(job.folder)
@@ -106,6 +107,7 @@ def _weights(job: Job, of: Of) -> dict[str, Any]:
     job.writer.write("decoder_neighbours", near.latents, "latents with the likest decoder direction, likest first")
     job.writer.write("decoder_cosines", near.score, "their cosines")
     artifacts.write_json(job.folder / "vocabulary.json", job.subject.vocabulary())
+    job.writer.keep("vocabulary.json")
     try:
         votes = lens(job.subject, job.store.site, decoder, N_VOTES)
     except ValueError as error:
@@ -169,6 +171,7 @@ def _rules(job: Job, of: Of) -> dict[str, Any]:
         return {"n_latents": 0, "left_out": reason}
     drawn, n_firing = _drawn(job, of["n"])
     rules.make(job, of, drawn)
+    job.writer.keep(rules.FILE)
     return {"n_latents": len(drawn), **_more(len(drawn) < n_firing, "--n2g all")}
 
 
@@ -207,7 +210,10 @@ def _probes(job: Job, of: Of) -> dict[str, Any]:
     more = f"monosem explain RUN --tasks {DEFAULT_CORPUS}"
     if of["eval"] is None:
         return {"n_latents": 0, "command": more}
-    rows = artifacts.read_json(Path(job.config.run) / PROBES)["tables"]["tasks"]
+    path = Path(job.config.run) / PROBES
+    rows = artifacts.read_manifest(path, "evaluation-part")["tables"].get("tasks", [])
+    if wrong := [row for row in rows if row["latent"] >= job.n_latents]:
+        raise ValueError(f"{path} names latent {wrong[0]['latent']} of {job.n_latents}; evaluate the run again")
     names = sorted({row["task"] for row in rows})
     best, task = np.full(job.n_latents, np.nan, np.float32), np.full(job.n_latents, -1, np.int16)
     for row in sorted(rows, key=lambda row: -row["probe_loss"]):
@@ -225,9 +231,11 @@ def _of_probes(job: Job) -> Of:
         return probing.facts(job.tasks, job.config.seed)
     there = job.computed.get("probes", {}).get("of", {})
     if there.get("seed") == job.config.seed and "tasks" in there:
+        if "probes" in job.damaged:
+            raise ValueError(f"{job.damaged['probes']}, with --tasks and the labelled texts of then")
         return there
     path = Path(job.config.run) / PROBES
-    evaluated = path.exists() and artifacts.read_json(path).get("sources") == job.sources
+    evaluated = path.exists() and artifacts.read_manifest(path, "evaluation-part")["sources"] == job.sources
     return {"eval": artifacts.sha256_file(path) if evaluated else None}
 
 
@@ -235,6 +243,7 @@ def _words(job: Job, of: Of) -> dict[str, Any]:
     kept = rules.read(job.folder / rules.FILE, of["n2g"]) if of["n2g"] is not None else {}
     found = {latent: [(pattern, value) for pattern, value in row["rule"]] for latent, row in kept.items()}
     words.write(job.folder, job.n_latents, found)
+    job.writer.keep(words.FILE)
     return {"n_latents": job.n_latents}
 
 

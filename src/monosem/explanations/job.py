@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from monosem.explanations.store import ColumnWriter
 from monosem.run_folder import open_run, subject_of
 from monosem.subject import Subject
 from monosem.types import resolve_device
+
+log = logging.getLogger("monosem")
 
 _MAY_CHANGE = ("run", "store", "device", "model", "tasks")
 
@@ -45,9 +48,12 @@ class Job:
         """Parts that could not be made, and why."""
         path = self.folder / "manifest.json"
         found = artifacts.read_manifest(path, KIND) if path.exists() else {}
+        self.damaged: dict[str, str] = {}
+        """Parts that are to be made again, and why."""
         if found.get("sources") == self.sources:
-            self.computed, self.writer.columns = found.get("computed", {}), found["columns"]
-            self.failed = found.get("failed", {})
+            self.computed, self.writer.columns, self.writer.files = (found[k] for k in ("computed", "columns", "files"))
+            self.failed = found["failed"]
+            self._check()
 
     @property
     def n_latents(self) -> int:
@@ -81,12 +87,21 @@ class Job:
         """A column of this explanation that a part before has written, memory-mapped."""
         return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
 
+    def _check(self) -> None:
+        for part in self.computed:
+            try:
+                self.writer.check(part)
+            except ValueError as error:
+                self.damaged[part] = str(error)
+                log.warning("%s is made again: %s", part, error)
+
     def keep_only(self, wanted: dict[str, Of]) -> None:
-        """Forget the parts that depend on something else than `wanted`, before they are made again."""
-        kept = {name: entry for name, entry in self.computed.items() if entry["of"] == wanted.get(name)}
+        """Forget the parts that are damaged or depend on something else than `wanted`, before they are made again."""
+        whole = {name: entry for name, entry in self.computed.items() if name not in self.damaged}
+        kept = {name: entry for name, entry in whole.items() if entry["of"] == wanted.get(name)}
         if kept != self.computed or not kept:
             self.computed = kept
-            self.writer.columns = {name: c for name, c in self.writer.columns.items() if c.get("part") in kept}
+            self.writer.forget_all_but(kept)
             (self.folder / "manifest.json").unlink(missing_ok=True)
             if kept:
                 self._write()
@@ -111,5 +126,6 @@ class Job:
             "computed": self.computed,
             "failed": self.failed,
             "columns": self.writer.columns,
+            "files": self.writer.files,
         }
         artifacts.write_json(self.folder / "manifest.json", artifacts.manifest(KIND, settings, self.sources, **facts))

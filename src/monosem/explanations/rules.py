@@ -7,6 +7,7 @@ come on top of those that are there.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from monosem import artifacts, n2g
+from monosem import artifacts, formats, n2g
 from monosem.evals import explainability
 from monosem.evals.explainability import Fired
 from monosem.explanations.job import Job, Of
 from monosem.logs import progress
 from monosem.types import FIRED_THRESHOLD
+
+log = logging.getLogger("monosem")
 
 FILE = "n2g.jsonl"
 N_EXAMPLES = 5
@@ -52,7 +55,7 @@ def make(job: Job, of: Of, latents: list[int]) -> None:
             ]
             kept |= {row["latent"]: row for row in rows}
             with open(path, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
+                file.write("".join(json.dumps(formats.sealed(row)) + "\n" for row in rows))
     for name, meaning in _COLUMNS.items() if latents else ():
         column = np.full(job.n_latents, np.nan, np.float32)
         for latent in latents:
@@ -68,11 +71,24 @@ def read(path: Path, of: Of) -> dict[int, dict[str, Any]]:
     """
     if not path.exists():
         return {}
-    header, *lines = path.read_text("utf-8").split("\n")
+    header, *lines = path.read_text("utf-8", "replace").split("\n")
     *whole, _cut = lines or [""]
     if header != _header(of):
+        if not header.startswith('{"kind": "n2g-rules"'):
+            log.warning("%s does not begin as a file of rules; it is begun again", path)
         return {}
-    return {row["latent"]: row for row in map(json.loads, whole)}
+    found = {}
+    for number, line in enumerate(whole, 2):
+        try:
+            row = artifacts.parse_json(line, f"{path} line {number}")
+            formats.typed(formats.Rule, row)
+            if not formats.is_sealed(row):
+                raise ValueError("it was changed after it was written")
+        except ValueError as error:
+            log.warning("%s line %d is damaged and its rule is made again: %s", path, number, error)
+            continue
+        found[row["latent"]] = {name: value for name, value in row.items() if name != formats.SEAL}
+    return found
 
 
 def _header(of: Of) -> str:
@@ -82,7 +98,7 @@ def _header(of: Of) -> str:
 
 def _start(path: Path, of: Of, kept: dict[int, dict[str, Any]]) -> None:
     """The file with what is kept and nothing torn or foreign."""
-    text = "".join(f"{line}\n" for line in (_header(of), *map(json.dumps, kept.values())))
+    text = "".join(f"{line}\n" for line in (_header(of), *(json.dumps(formats.sealed(row)) for row in kept.values())))
 
     def save(temporary: Path) -> None:
         temporary.write_text(text, "utf-8")

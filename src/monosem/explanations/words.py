@@ -56,7 +56,7 @@ def write(folder: Path, n_latents: int, rules: Mapping[int, Rule]) -> None:
 def _batches(
     folder: Path, n_latents: int, rules: Mapping[int, Rule]
 ) -> Iterator[list[tuple[int, str, str | None, str, str]]]:
-    texts = artifacts.read_json(folder / "vocabulary.json")
+    texts = artifacts.read_json(folder / "vocabulary.json", halves=True)
     vocabulary = [text.encode("utf-8", "replace").decode() for text in texts]  # SQLite takes no half of a character
     which, where, contexts = (
         np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)

@@ -43,7 +43,7 @@ def check(folder: str | Path) -> None:
 
 
 def _write(store: ExplainStore, folder: Path, chosen: list[int]) -> int:
-    words: list[str] = artifacts.read_json(store.folder / "vocabulary.json")
+    words = store.vocabulary
     ablated = store.column("ablation_latents").tolist() if "ablation_latents" in store else []
     rows = {latent: row for row, latent in enumerate(ablated)}
     for latent in progress(chosen, "sae-viewer", "latent", total=len(chosen), each=1):

@@ -64,11 +64,14 @@ def check(path: str | Path) -> None:
 
 def words(store: ExplainStore, start: int, stop: int) -> tuple[list[str | None], list[str | None]]:
     """Explanation (None without one) and top tokens of the latents from `start` to before `stop`."""
-    path = store.folder / "words.sqlite"
-    if not path.exists():
+    path = store.file("words.sqlite")
+    if path is None:
         return [None] * (stop - start), [None] * (stop - start)
-    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
-        sql = "SELECT latent, explanation, top_tokens FROM latents WHERE latent >= ? AND latent < ?"
-        found = {latent: (said or None, top) for latent, said, top in database.execute(sql, (start, stop))}
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            sql = "SELECT latent, explanation, top_tokens FROM latents WHERE latent >= ? AND latent < ?"
+            found = {latent: (said or None, top) for latent, said, top in database.execute(sql, (start, stop))}
+    except sqlite3.DatabaseError as error:
+        raise ValueError(f"{path} cannot be read ({error}); explain the run again") from None
     rows = [found.get(latent, (None, None)) for latent in range(start, stop)]
     return [row[0] for row in rows], [row[1] for row in rows]

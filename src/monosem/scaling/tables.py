@@ -6,6 +6,9 @@ reason.
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
 import json
 import logging
 import math
@@ -104,6 +107,10 @@ def read_table(path: Path) -> Table:
     of tokens, a normalized_mse that is not a positive number in a run whose status is not diverged.
     """
     rows = _parquet_rows(path) if path.suffix.lower() == ".parquet" else _csv_rows(path)
+    if path.name == "runs.csv" and (path.parent / "sweep.json").exists():
+        runs = artifacts.read_manifest(path.parent / "sweep.json", "sweep")["runs"]
+        if len(vouched(path, {run: facts["rows"] for run, facts in runs.items()})) < len(rows):
+            raise ValueError(f"{path} has rows that sweep.json does not know; run the same sweep again first")
     if not rows:
         raise ValueError(f"{path} has no rows; run the sweep first")
     if missing := [name for name in COLUMNS if name not in rows[0][1]]:
@@ -173,11 +180,57 @@ def lines(points: list[Point]) -> str:
 
 
 def _csv_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    return [(line, {k: v or "" for k, v in row.items() if k}) for line, row in csv_rows(path)]
+    """Line and cells of each row; `ValueError` when a column is there twice, or a row has other cells than columns."""
+    rows = list(csv_rows(path))
+    for line, row in rows:
+        if None in row.values():
+            raise ValueError(f"{path}, line {line} has fewer cells than there are columns; restore it from a copy")
+    return rows
+
+
+def csv_text(rows: list[dict[str, Any]]) -> str:
+    """The rows as lines of the table."""
+    text = io.StringIO()
+    csv.DictWriter(text, COLUMNS, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def kept(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Number of bytes and sha256 of the rows, with which sweep.json vouches for them."""
+    text = csv_text(rows).encode()
+    return {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+
+
+def vouched(path: Path, known: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    """The rows of a sweep's table that it vouches for, `known` by run; not those that are there beyond them.
+
+    `ValueError` when some are missing or changed, and for rows of other runs.
+    """
+    advice = "restore it from a copy; a table of your own belongs in another folder"
+    rows = [row for _, row in _csv_rows(path)] if path.exists() else []
+    if rows and tuple(rows[0]) != COLUMNS:
+        raise ValueError(f"{path} has other columns than this version writes; {advice}")
+    if foreign := sorted({row["run"] for row in rows} - known.keys()):
+        raise ValueError(f"{path} has rows of {foreign[0]}, a run that sweep.json does not know; {advice}")
+    beyond: list[dict[str, str]] = []
+    for run, facts in known.items():
+        mine = [row for row in rows if row["run"] == run]
+        n = next((n for n in range(len(mine) + 1) if kept(mine[:n]) == facts), None)
+        if n is None:
+            raise ValueError(f"{path} is not as sweep.json knows it: rows of {run} are missing or changed; {advice}")
+        beyond += mine[n:]
+    return [row for row in rows if not any(row is other for other in beyond)]
 
 
 def _parquet_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    rows = library("pyarrow.parquet", "hub").read_table(path).to_pylist()
+    try:
+        table = library("pyarrow.parquet", "hub").read_table(path)
+    except (OSError, library("pyarrow", "hub").ArrowException) as error:
+        raise ValueError(f"{path} cannot be read as Parquet ({error}); give a .csv or .parquet table") from None
+    names = table.column_names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path} has the column {twice[0]} twice; keep one of them")
+    rows = table.to_pylist()
     return [(i + 2, {k: "" if v is None else str(v) for k, v in row.items()}) for i, row in enumerate(rows)]
 
 

@@ -74,7 +74,7 @@ class Member:
 
     def facts(self) -> dict[str, Any]:
         """What sweep.json says of it."""
-        share = "not measured" if self.product_s is None else self.product_s / self.kernel_s
+        measured = self.product_s is not None and self.kernel_s > 0
         return {
             "config": self.identity,
             "config_hash": self.hash,
@@ -85,7 +85,7 @@ class Member:
             "step": self.step,
             "n_steps": self.n_steps,
             "kernel_s": round(self.kernel_s, 3),
-            "product_share": share,
+            "product_share": (self.product_s or 0.0) / self.kernel_s if measured else "not measured",
             "evaluation_s": round(self.evaluation_s, 3),
         }
 
@@ -119,7 +119,8 @@ class _Sweep:
         self.before = _read(self.out / "sweep.json", config)
         stores = {path: ActivationStore.open(path) for path in {run.store for run in asked}}
         self.members = _members(config, asked, stores, self.before.get("runs", {}))
-        self.table = table.RunsTable(self.out / "runs.csv")
+        known = {name: facts["rows"] for name, facts in self.before.get("runs", {}).items()}
+        self.table = table.RunsTable(self.out / "runs.csv", known)
         self.live = LiveTable()
         self.memory: list[str] = []
         names = ("kernel_s", "evaluating_s", "saving_s", "starting_s", "waiting_s")
@@ -219,7 +220,9 @@ class _Sweep:
         member.run, member.status = Run(member.config, supply), "training"
         begin(member.config, member.store)
         member.step, member.kernel_s = member.run.state.step, member.run.work.kernel_s
-        self.table.rewind(member.name, member.run.tokens_seen)
+        if self.table.rewind(member.name, member.run.tokens_seen):
+            self._write()  # first, as it vouches for the rows: a kill leaves too many of these, never too few
+            self.table.write()
 
     def _feed(self, member: Member, run: Run, x: torch.Tensor, held_out: table.HeldOut) -> None:
         before_s, before = run.work.kernel_s, run.state.step
@@ -290,7 +293,7 @@ class _Sweep:
         settings = {name: value for name, value in to_dict(self.config).items() if name in _FIXED}
         sources = {f"store {m.store.path}": m.store.hash for m in self.members}
         facts = {
-            "runs": {member.name: member.facts() for member in self.members},
+            "runs": {m.name: {**m.facts(), "rows": self.table.kept(m.name)} for m in self.members},
             "seconds": {**seconds, "ratio": ratio},
             "memory": self.memory,
         }
@@ -358,7 +361,7 @@ def _members(
     members = []
     for run, key in zip(asked, keys, strict=True):
         name = names[key] if key in names else next(new)
-        out = str(Path(config.out) / "runs" / name)
+        out = str(artifacts.inside(Path(config.out) / "runs", name))
         members.append(Member(name, dataclasses.replace(run, out=out), stores[run.store]))
     return members
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import functools
-import io
 import json
 import subprocess
 from pathlib import Path
@@ -19,6 +17,7 @@ from monosem.config import TrainConfig, activation_facts
 from monosem.evals import reconstruction
 from monosem.evals.bootstrap import clusters_of
 from monosem.model import WEIGHTS_FILE, Autoencoder
+from monosem.scaling import tables
 from monosem.scaling.tables import COLUMNS
 from monosem.training import SAMPLE_TOKENS, SELECTION_TOKENS, Run
 from monosem.types import SparseLatents
@@ -30,35 +29,39 @@ SELECTION_STRIDE = SAMPLE_TOKENS // SELECTION_TOKENS
 class RunsTable:
     """The rows in `path` by run and tokens; every change replaces the whole file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, known: dict[str, dict[str, Any]]) -> None:
+        """`known` is what sweep.json says of the rows of its runs: `kept` when it was written.
+
+        Rows beyond, written just before a kill, are forgotten and measured again. `ValueError` when those that are
+        known are not as they were, and for rows of runs that are not known.
+        """
         self.path = path
         self.rows: dict[tuple[str, int], dict[str, Any]] = {}
-        if path.exists():
-            reader = csv.DictReader(io.StringIO(path.read_text("utf-8")))
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ValueError(f"{path} has other columns than this version writes; move it away")
-            self.rows = {(row["run"], int(row["tokens"])): row for row in reader}
+        for row in tables.vouched(path, known) if path.exists() or any(k["bytes"] for k in known.values()) else ():
+            self.rows[row["run"], int(row["tokens"])] = row
+
+    def kept(self, run: str) -> dict[str, Any]:
+        """Of the run's rows, as they are in the file, the number of bytes and the sha256."""
+        return tables.kept([row for key, row in self.rows.items() if key[0] == run])
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows[row["run"], row["tokens"]] = row
-        self._write()
+        self.write()
 
-    def rewind(self, run: str, tokens: int) -> None:
-        """Forget the run's rows after `tokens`: a resumed run measures them again."""
+    def rewind(self, run: str, tokens: int) -> bool:
+        """Forget the run's rows after `tokens`: a resumed run measures them again. Whether there were any."""
+        before = len(self.rows)
         self.rows = {key: row for key, row in self.rows.items() if key[0] != run or key[1] <= tokens}
-        self._write()
+        return len(self.rows) < before
 
     def finished(self, run: str) -> bool:
         return any(key[0] == run and str(row["finished"]) == "true" for key, row in self.rows.items())
 
-    def _write(self) -> None:
+    def write(self) -> None:
         artifacts.write_atomic(self.path, self._write_to)
 
     def _write_to(self, path: Path) -> None:
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows.values())
+        path.write_text(tables.csv_text([dict(zip(COLUMNS, COLUMNS, strict=True)), *self.rows.values()]), "utf-8")
 
 
 class HeldOut:

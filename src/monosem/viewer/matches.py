@@ -255,7 +255,7 @@ class Decoder:
                 raise ValueError("its sha256 is not the one that its config.json gives")
             with open(self.path, "rb") as file:
                 size = int.from_bytes(file.read(8), "little")
-                about = json.loads(file.read(min(size, 1 << 20)))["decoder"]
+                about = artifacts.parse_json(file.read(min(size, 1 << 20)).decode(), "its header")["decoder"]
             if about["dtype"] != "F32" or about["shape"] != [self.n, self.width]:
                 raise ValueError(f"it has no decoder of {self.n} x {self.width} in fp32")
             self.start = 8 + size + about["data_offsets"][0]
@@ -326,10 +326,9 @@ def _read(path: Path, of: dict[str, str]) -> tuple[tuple[Best, Best], float] | N
         return None
     try:
         with safe_open(path, "numpy") as file:
-            said = json.loads((file.metadata() or {})["manifest"])
-            if (said["kind"], said["format"]) != (KIND, artifacts.FORMAT_VERSION) or said["sources"] != of:
-                return None
-            if said["config"] != {"min_together": MIN_TOGETHER}:
+            said = artifacts.parse_json((file.metadata() or {})["manifest"], f"the manifest in {path}")
+            said = artifacts.checked_manifest(said, KIND, f"the manifest in {path}")
+            if said["sources"] != of or said["config"] != {"min_together": MIN_TOGETHER}:
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
             if said["tensors_sha256"] != _hash(tensors):

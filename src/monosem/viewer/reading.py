@@ -84,8 +84,14 @@ class Run:
 
     @property
     def words(self) -> Path:
-        """The database of explanations and of the full-text index, which may not be there."""
-        return self.folder / "explain/words.sqlite"
+        """The database of explanations and of the full-text index, which may not be there.
+
+        `Unavailable` when it was there, and is gone or not as it was written.
+        """
+        path = self.folder / "explain/words.sqlite"
+        with files.reading(path, "explain the run again"):
+            found = self.explanation.file(path.name) if self.explanation is not None else None
+        return path if found is None else found
 
     def command(self, part: str) -> str:
         """What to type to compute a part: of the explanation as its manifest has it, `metrics` or `scaling`."""
@@ -135,12 +141,10 @@ class Run:
     @functools.cached_property
     def vocabulary(self) -> list[str]:
         """Text of each token, by id."""
-        path = self.folder / "explain/vocabulary.json"
-        with files.reading(path, "explain the run again"):
-            words = artifacts.read_json(path) if self.explanation is not None else []
-            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-                raise ValueError("it is no list of texts")
-            return words
+        if self.explanation is None:
+            return []
+        with files.reading(self.folder / "explain/vocabulary.json", "explain the run again"):
+            return self.explanation.vocabulary
 
     def token(self, token: int) -> str:
         """The text of a token; a sign for an id that the vocabulary does not have."""
