@@ -1,4 +1,4 @@
-# make install | demo | demo-full | test | bench | clean. Everything lives in .venv; versions come from constraints.txt.
+# make install | demo | demo-full | test | bench | campaign | clean. Everything lives in .venv; versions come from constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 # the variables hold the build's own environment to the same versions (which of them is read depends on pip's age)
@@ -7,7 +7,7 @@ PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.t
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt README.md LICENSE \
            $(shell find src native -name __pycache__ -prune -o -print 2>/dev/null)
 
-.PHONY: install demo demo-full test bench clean
+.PHONY: install demo demo-full test bench campaign clean
 
 install: .venv/installed
 
@@ -34,6 +34,11 @@ test: .venv/installed-dev
 bench: install
 	@$(BIN)/python -m benchmarks train
 	@$(BIN)/python -m benchmarks harvest
+
+# 2,000 trials of kills, damage and odd input (docs/robustness.md): half an hour on two cores, alone.
+campaign: .venv/installed-dev
+	PYTHONPATH=tests $(BIN)/python -m robustness --trials 2000 --out results/robustness
+	$(BIN)/python experiments/tables.py
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs/reproduce.md and docs/performance.md from the committed files under results/.
+"""Write the tables of README.md and of pages of docs/ from the committed files under results/.
 
     python experiments/tables.py keep runs/demo     copy a demo run's numbers into results/
     python experiments/tables.py                    fill every <!-- table NAME --> ... <!-- end --> block
@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path("results/smollm2-135m-instruct-q4_1")
-PAGES = (Path("README.md"), Path("docs/reproduce.md"), Path("docs/performance.md"))
+PAGES = (Path("README.md"), Path("docs/reproduce.md"), Path("docs/performance.md"), Path("docs/robustness.md"))
 BENCHMARK = Path("benchmarks/results/train-cpu.csv")
+ROBUSTNESS = Path("results/robustness/report.json")
 BENCHMARKS = {"AMX": BENCHMARK, "AVX-512": BENCHMARK.parent / "avx512" / BENCHMARK.name}
 """By the instructions that our kernels could use."""
 STAGES = ("fetch", "harvest", "train", "evaluate", "explain", "total")
@@ -522,8 +523,22 @@ def evals_claims() -> str:
     return markdown(["claim", "here", ""], [[c["claim"], c["seen"], c["verdict"]] for c in found])
 
 
+def robustness() -> str:
+    """Trials of the robustness campaign by what was done and by what came of it."""
+    found = json.loads(ROBUSTNESS.read_text())
+    verdicts = list(found["verdicts"])
+    cells = {**found["by_kind"], "all": found["verdicts"]}
+    title = (
+        f"{found['trials']:,} trials, seeds {found['seeds'][0]:,} to {found['seeds'][1]:,}; commit {found['commit']}, "
+        f"{found['date']}, Python {found['python']}; {found['seconds'] / 60:.0f} minutes."
+    )
+    rows = [[kind, f"{sum(row.values()):,}", *(f"{row[v]:,}" for v in verdicts)] for kind, row in cells.items()]
+    return f"{title}\n\n" + markdown(["", "trials", *verdicts], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
+    "robustness": robustness,
     "seconds": seconds,
     "speed": speed,
     "floors": floors,

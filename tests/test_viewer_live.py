@@ -240,7 +240,7 @@ def test_the_page_waits_for_a_long_comparison(client: TestClient, monkeypatch: p
 
     def slow(a: Run, b: Run, *, keep: bool, at: Any) -> Any:
         at(0.25)
-        return usual(a, b, keep=keep, at=at) if hold.wait(20) else None
+        return usual(a, b, keep=keep, at=at) if hold.wait(120) else None
 
     monkeypatch.setattr(matches, "match", slow)
     page = client.get("/compare?with=two")
