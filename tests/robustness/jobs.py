@@ -137,7 +137,10 @@ def pages() -> int:
     from monosem.viewer.server import application
 
     host = "http://127.0.0.1:8765"
-    site = web.Site(Path("run"), Path("laws"), others=[Path("two")])
+    try:
+        site = web.Site(Path("run"), Path("laws"), others=[Path("two")])
+    except (ValueError, OSError) as error:
+        return _refused(error)
     client = TestClient(application(site), host, headers={"origin": host}, raise_server_exceptions=False)
     answers = {}
     for address in PAGES:
@@ -159,9 +162,14 @@ def convert() -> int:
         values = found.encode(found.normalize(x)[0]).values
         Path("converted.json").write_text(json.dumps([type(found).__name__, *values.shape, float(values.sum())]))
     except (ValueError, OSError) as error:
-        print(f"monosem: error: {' '.join(str(error).split())}", file=forks.sys.stderr)
-        return 2
+        return _refused(error)
     return 0
+
+
+def _refused(error: Exception) -> int:
+    """Told as the command line tells it."""
+    print(f"monosem: error: {' '.join(str(error).split())}", file=forks.sys.stderr)
+    return 2
 
 
 class World:
