@@ -151,6 +151,11 @@ def _next_reader(world: World, job: Job, folder: Path, what: str, path: Path) ->
     if what != "store":
         (folder / {"state": "autoencoder/config.json", "eval": "eval.json"}[what]).unlink(missing_ok=True)
         return _read_on(world, job, path, f"{folder.relative_to(world.trial) / what}/")
+    if job.name == "run":  # whose later stages read it
+        for later in folder.iterdir():
+            if later.name not in ("store", ".lock"):
+                jobs.remove(later)
+        return _read_on(world, job, path, f"{folder.relative_to(world.trial)}/store/")
     aside = world.folder / "aside"
     jobs.remove(aside)
     (folder / "store").rename(aside)
