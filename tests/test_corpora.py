@@ -129,6 +129,18 @@ def test_a_chat_is_one_document_in_every_form(tmp_path: Path) -> None:
     assert read(pair)[0] == [Document("2 + 2 = 4")]
 
 
+def test_lists_that_a_table_holds_as_json_are_lists(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "the sea?"}, {"role": "assistant", "content": "yes"}]
+    for column, value in (("messages", chat), ("conversations", chat), ("input_ids", [5, 6]), ("tokens", [7])):
+        with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([[column], [json.dumps(value)]])
+        assert read(str(tmp_path / "a.csv"))[0] == [document_of(value)]
+        assert read(jsonl(tmp_path / "a.jsonl", [{column: json.dumps(value)}]))[0] == [document_of(value)]
+    for text in ("[not JSON", "[" * 100_000, '{"a": 1}'):  # a text that begins like one
+        assert read(jsonl(tmp_path / "a.jsonl", [{"messages": text}]))[0] == [Document(text)]
+    assert read(jsonl(tmp_path / "a.jsonl", [{"text": "[1, 2]"}]))[0] == [Document("[1, 2]")]
+
+
 def test_chats_become_tokens_by_the_tokenizers_template(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     said = [text[: 60 + i % 2] for i, text in enumerate(tiny_texts(60))]
