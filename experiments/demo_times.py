@@ -86,12 +86,16 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the working folder, where that is a checkout (-dirty: changed); else the version of monosem."""
+    """Of the working folder, where that is a checkout (-dirty: changed outside results/); else monosem's version."""
     git = shutil.which("git")
     if git is None or not Path(".git").exists():
         return artifacts.versions()["monosem"]
-    command = [git, "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    def ask(*command: str) -> str:
+        return subprocess.run([git, *command], capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = ask("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")
+    return ask("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def test_older_words_for_the_same_are_read(tmp_path: Path) -> None:
             "'groups': 4}; known is a k alone",
         ),
         ({"activation_fn_kwargs": [1]}, r"activation_fn_kwargs \[1\]; known is a k alone"),
-        ({"activation_fn_kwargs": {"k": K + 1}}, f"has k {K} and, in activation_fn_kwargs, k {K + 1}"),
+        ({"activation_fn_kwargs": {"k": K + 1}}, f"has k {K}, but in activation_fn_kwargs {K + 1}"),
         ({"activation_fn_str": "relu"}, "activation function 'relu' and architecture 'topk'"),
         ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor of .* is True"),
         ({"hook_head_index": 3}, "hook_head_index of .* is 3"),

@@ -273,7 +273,7 @@ def test_evaluate_of_an_encoder_leaves_out_the_downstream_numbers(
     store = made_store(tiny_lm(tmp_path / "model", "bert"), corpus, tmp_path)
     report = evaluate(made_run(tmp_path / "run", store))
     assert "kl" not in report["metrics"] and "normalized_mse" in report["metrics"]
-    assert "downstream numbers are left out" in caplog.text
+    assert "downstream numbers: left out, as" in caplog.text
 
 
 def test_evaluate_says_what_is_wrong(store: ActivationStore, tmp_path: Path) -> None:

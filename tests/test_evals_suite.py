@@ -231,4 +231,4 @@ def test_activations_without_k_are_judged_without_progressive_recovery(
     assert report["run"]["n_principal_components"] == min(max(1, round(metrics["l0"]["value"])), D_MODEL)
     assert {name for name in NAMES if not name.startswith("progressive")} <= set(metrics)
     assert not [name for name in metrics if name.startswith("progressive")]
-    assert f"progressive recovery is left out: activation {activation} has no k" in caplog.text
+    assert f"progressive recovery: left out, as activation {activation} has no k" in caplog.text

@@ -422,6 +422,22 @@ def test_gguf_is_converted_once_to_a_plain_folder_with_the_same_logits(
     assert again.hash == converted.hash and again.tokenizer_hash == converted.tokenizer_hash
 
 
+def test_a_converted_model_is_known_by_its_weights_not_by_its_record(
+    gguf_file: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    converted = Subject.load(str(gguf_file), device="cpu")
+    (folder,) = (cache / "converted").iterdir()
+    record, weights = folder / loading.RECORD, folder / "model.safetensors"
+    kept = record.read_text()
+    record.write_text(kept.replace('"hash"', '"hush"'))
+    assert Subject.load(str(gguf_file), device="cpu").hash == converted.hash
+    assert "monosem.json: " in caplog.text and "taken as they are" in caplog.text
+    record.write_text(kept)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ValueError, match="was changed after it was converted; delete it"):
+        _ = Subject.load(str(gguf_file), device="cpu").hash
+
+
 def test_gguf_that_cannot_be_read_leaves_nothing(tmp_path: Path, cache: Path) -> None:
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(b"GGUF" + bytes(64))

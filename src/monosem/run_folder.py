@@ -11,6 +11,7 @@ import torch
 from monosem.activations import ActivationStore
 from monosem.model import Autoencoder
 from monosem.subject import Subject
+from monosem.types import Site
 
 log = logging.getLogger("monosem")
 
@@ -106,20 +107,37 @@ def _check_unseen(store: ActivationStore, provenance: dict[str, Any]) -> None:
 
 
 def subject_of(
-    store: ActivationStore, dtype: str, device: str, loaded: dict[tuple[Any, ...], Subject] | None = None
+    store: ActivationStore,
+    dtype: str,
+    device: str,
+    loaded: dict[tuple[Any, ...], Subject] | None = None,
+    *,
+    model: str | None = None,
 ) -> Subject:
-    """The subject that the store was made with, out of `loaded` if it is there, else kept there.
+    """The subject that the store was made with, out of `loaded` if it is there, else kept there; from `model` if given.
 
     In `store.subject_dtype` it reads what was harvested; losses want float32, as small differences drown in bf16
     logits. `ValueError` when it is not the same any more.
     """
     loaded = {} if loaded is None else loaded
     site = store.site
-    key = site.model, site.revision, dtype, device
+    key = model or site.model, site.revision, dtype, device
     if key not in loaded:
-        loaded[key] = Subject.load(site.model, revision=site.revision, dtype=dtype, device=device)
+        loaded[key] = load_subject(site, dtype, device, model)
     check_subject(loaded[key], store)
     return loaded[key]
+
+
+def load_subject(site: Site, dtype: str, device: str, model: str | None = None) -> Subject:
+    """The subject of a site, from `model` where it lies elsewhere now. Its hashes are for the caller to check."""
+    if model is not None:
+        return Subject.load(model, dtype=dtype, device=device)
+    if (path := Path(site.model)).is_absolute() and not path.exists():
+        raise ValueError(
+            f"the subject {path} is not there any more; say where it lies now: monosem eval RUN --model PATH (explain "
+            "and serve take it too; its hash is checked)"
+        )
+    return Subject.load(site.model, revision=site.revision, dtype=dtype, device=device)
 
 
 def check_subject(subject: Subject, store: ActivationStore) -> None:

@@ -134,13 +134,21 @@ class Subject:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 that identifies the weights: over the names and SHA-256s of the safetensors files."""
-        record = self._folder / loading.RECORD
-        return (
-            artifacts.read_manifest(record, "subject")["hash"]
-            if record.exists()
-            else loading.weights_hash(self._folder)
-        )
+        """sha256 that identifies the weights: over the names and SHA-256s of the safetensors files.
+
+        `ValueError` when a converted model in the cache is not as the conversion left it.
+        """
+        found, record = loading.weights_hash(self._folder), self._folder / loading.RECORD
+        if not record.exists():
+            return found
+        try:
+            made = artifacts.read_manifest(record, "subject")
+        except ValueError as error:
+            logger.warning("%s; its weights are taken as they are", error)
+            return found
+        if made["hash"] != found:
+            raise ValueError(f"{self._folder} was changed after it was converted; delete it, and it is made again")
+        return found
 
     def site(self, layer: int | None = None, location: str = "resid_post_mlp", revision: str | None = None) -> Site:
         """The site at a 0-based layer, default ceil(0.75 L) - 1: three quarters in (Gao et al. 2024, section 1).

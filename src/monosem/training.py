@@ -23,7 +23,7 @@ from torch import Tensor
 
 from monosem import artifacts, interrupts, kernels, losses, step, variants
 from monosem.activations import ActivationStore
-from monosem.checkpoint import load_state, save_state
+from monosem.checkpoint import load_state, require_room, save_state
 from monosem.config import TrainConfig, activation_facts, changed_fields, to_dict
 from monosem.logs import MetricsLog, progress
 from monosem.model import Autoencoder, AutoencoderConfig, initial_weights, normalize
@@ -42,6 +42,9 @@ SELECTION_TOKENS = 16_384
 _LOGGED_STATS = ("recall", "n_saturated")
 """Of what kernels count, what metrics.jsonl keeps."""
 
+_KIND = "training-run"
+_HELD = ("metrics.jsonl", "state", "autoencoder")
+"""What a run that has taken a step leaves beside train.json."""
 AUDITED_ROWS = 32
 """Of the batch of a logged step: their latents are compared with the true top k."""
 
@@ -60,10 +63,12 @@ def train(config: TrainConfig) -> Autoencoder:
         if not getattr(config, name):
             raise ValueError(f"{name} is empty; give a folder")
     out = Path(config.out)
+    store = ActivationStore.open(config.store)
+    if is_finished(config, store):  # read without a lock, where nothing may be writable
+        log.info("%s is already trained with this config; skipped", out)
+        return Autoencoder.load(out / "autoencoder")
     with artifacts.folder_lock(out):
-        store = ActivationStore.open(config.store)
-        if is_finished(config, store):
-            log.info("%s is already trained with this config; skipped", out)
+        if is_finished(config, store):  # by another process, meanwhile
             return Autoencoder.load(out / "autoencoder")
         source = StoreSource(store, "train")
         with (
@@ -72,6 +77,8 @@ def train(config: TrainConfig) -> Autoencoder:
         ):
             supply = Supply(store, stream, resolve_device(config.device))
             run = Run(config, supply)
+            require_room(out / "state", run.state)
+            begin(config, store)
             stream.seek(run.state.step)
             saved_at = time.monotonic()
             for _ in run.remaining_steps():
@@ -402,19 +409,33 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
 
 def is_finished(wanted: TrainConfig, store: ActivationStore) -> bool:
-    """Whether this very run has released its autoencoder; `ValueError` for another run's folder."""
-    out, settings = Path(wanted.out), identity(wanted)
-    description = artifacts.manifest("training-run", settings, {"store": store.hash})
-    path = out / "train.json"
-    if not (path.exists() and any((out / name).exists() for name in ("metrics.jsonl", "state", "autoencoder"))):
-        artifacts.write_json(path, description)  # also over that of a run which never took a step
-    found = artifacts.read_manifest(path, "training-run")
+    """Whether this very run has released its autoencoder; `ValueError` for the folder of another run, or of no run."""
+    out, description = Path(wanted.out), _description(wanted, store)
+    path, held = out / "train.json", [name for name in _HELD if (out / name).exists()]
+    if not path.exists():
+        if held:
+            raise ValueError(f"{out} holds {' and '.join(held)}, but no train.json of a run; choose another --out")
+        return False
+    found = artifacts.read_manifest(path, _KIND)
+    if not held:  # a run which never took a step
+        return False
     remedy = f"choose another --out, or delete metrics.jsonl, state and autoencoder in {out} to train anew"
     if found["sources"] != description["sources"]:
         raise ValueError(f"{out} was trained on another store than {wanted.store}; {remedy}")
-    if changed := changed_fields(found["config"], settings):
+    if changed := changed_fields(found["config"], description["config"]):
         raise ValueError(f"{out} holds a run with another config ({'; '.join(changed)}); {remedy}")
     return (out / "autoencoder" / "config.json").exists()
+
+
+def begin(config: TrainConfig, store: ActivationStore) -> None:
+    """Write train.json, also over that of a run which never took a step."""
+    out = Path(config.out)
+    if not (out / "train.json").exists() or not any((out / name).exists() for name in _HELD):
+        artifacts.write_json(out / "train.json", _description(config, store))
+
+
+def _description(config: TrainConfig, store: ActivationStore) -> dict[str, Any]:
+    return artifacts.manifest(_KIND, identity(config), {"store": store.hash})
 
 
 def _one_line(recipe: step.Recipe) -> str:

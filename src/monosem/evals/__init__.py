@@ -23,16 +23,16 @@ from monosem.evals import reconstruction
 from monosem.evals.parts import PARTS, SIZES, Judged, Shared, check, reconstruction_part
 from monosem.evals.report import KIND, title
 from monosem.model import Autoencoder
-from monosem.run_folder import autoencoder_folder, open_run, open_store
+from monosem.run_folder import open_run, open_store
 from monosem.torch_state import pinned, without_inference_tensors
 from monosem.types import Metric, resolve_device
 
 log = logging.getLogger("monosem")
 
 _PART_KIND = "evaluation-part"
-_REPORT_KEYS = ("run", "metrics", "histograms", "tables")
-_MAY_CHANGE = ("run", "store", "device")
-"""Fields of the config that say where, not what; the hashes of autoencoder and store stand for the first two."""
+_REPORT_KEYS = ("run", "metrics", "histograms", "tables", "left_out", "failed")
+_MAY_CHANGE = ("run", "store", "device", "model")
+"""Fields of the config that say where, not what; the hashes of autoencoder, store and subject stand for them."""
 _USES = {"downstream": ("n_tokens_downstream",), "probes": ("tasks",)}
 """Fields of the config, beside n_bootstrap and seed, on which a part depends."""
 
@@ -42,31 +42,52 @@ def evaluate(
     config: EvalConfig, shared: Shared | None = None, *, autoencoder: Autoencoder | None = None
 ) -> dict[str, Any]:
     """The report, also in eval.json: {"run": facts, "metrics": {name: {value, low, high, n, unit}}, "histograms": ...,
-    "tables": {part: {name: ...}}}.
+    "tables": {part: {name: ...}}, "left_out": {what: why it has no meaning here}, "failed": {part: why it ended}}.
 
     `shared` is what evaluations one after the other load only once. An `autoencoder` that is no run of ours
     (`convert.wrap`) is judged on `config.store`, and `config.run` is the folder for its numbers. Skipped, and read
     back, when eval.json is already of this autoencoder, store, config and version of monosem; parts that are, are not
-    done again. `ValueError` when there is no autoencoder, its store is missing or of another site or subject, or a
-    number is not finite.
+    done again. A part that fails leaves the others' numbers, and is tried again by the next call. `ValueError` when
+    there is no autoencoder, its store is missing or of another site or subject, the subject is not there, or a number
+    of the first part is not finite.
     """
-    if autoencoder is None:
-        autoencoder_folder(config.run)  # before the lock, which would make the folder
+    device, given = resolve_device(config.device), autoencoder is not None
+    autoencoder, store, digest = _judged_on(config, autoencoder, device)
+    settings = {name: value for name, value in to_dict(config).items() if name not in _MAY_CHANGE}
+    sources = {"autoencoder": digest, "store": store.hash}
+    path = Path(config.run) / "eval.json"
+    if found := _finished(path, KIND, settings, sources):  # read without a lock, where nothing may be writable
+        log.info("%s is already of this autoencoder, store and config; skipped", path)
+        return {key: found.get(key, {}) for key in _REPORT_KEYS}
+    if given:  # else the folder is of a run of ours
+        artifacts.require_ours(path, lambda there: artifacts.says_kind(there, KIND))
     with artifacts.folder_lock(config.run):
-        device = resolve_device(config.device)
-        autoencoder, store, digest = _judged_on(config, autoencoder, device)
-        settings = {name: value for name, value in to_dict(config).items() if name not in _MAY_CHANGE}
-        sources = {"autoencoder": digest, "store": store.hash}
-        path = Path(config.run) / "eval.json"
-        if found := _finished(path, KIND, settings, sources):
-            log.info("%s is already of this autoencoder, store and config; skipped", path)
-            return {key: found[key] for key in _REPORT_KEYS}
         judged = Judged(config, autoencoder, store, device, shared)
-        check(judged)
-        parts = {name: _part(name, judged, sources) for name in SIZES[config.suite]}
-        report = _report(judged, parts)
+        parts = {name: part for name in SIZES[config.suite] if (part := _kept(name, judged, sources)) is not None}
+        check(judged, SIZES[config.suite].keys() - parts.keys())
+        failed: dict[str, str] = {}
+        for name in SIZES[config.suite]:
+            if name not in parts and (part := _tried(name, judged, sources, failed)) is not None:
+                parts[name] = part
+        parts = {name: parts[name] for name in SIZES[config.suite] if name in parts}
+        report = _report(judged, parts, failed)
         artifacts.write_json(path, artifacts.manifest(KIND, settings, sources, **report))
     return report
+
+
+def _tried(name: str, judged: Judged, sources: dict[str, str], failed: dict[str, str]) -> dict[str, Any] | None:
+    """The part; or None, and why in `failed`. Without the first part, on which all rest, there is nothing to say."""
+    try:
+        return _part(name, judged, sources)
+    except (ValueError, ArithmeticError, LookupError, MemoryError, RuntimeError) as error:
+        if name == "reconstruction":
+            raise
+        failed[name] = " ".join(
+            f"{'' if isinstance(error, ValueError) else type(error).__name__ + ': '}{error}".split()
+        )
+        log.error("%s failed: %s; the other parts are done, and the same command tries it again", name, failed[name])
+        log.debug("%s failed", name, exc_info=True)
+        return None
 
 
 def _judged_on(
@@ -93,7 +114,9 @@ def table(report: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     name, value, interval, n, _ = widths
     lines = [f"{r[0]:<{name}}  {r[1]:>{value}}  {r[2]:<{interval}}  {r[3]:>{n}}  {r[4]}" for r in rows]
-    return "\n".join([title(report["run"]), "", *lines])
+    missing = [f"{what}: left out, as {reason}" for what, reason in report.get("left_out", {}).items()]
+    missing += [f"{part} failed: {reason}" for part, reason in report.get("failed", {}).items()]
+    return "\n".join([title(report["run"]), "", *lines, *([""] if missing else []), *missing])
 
 
 @pinned
@@ -106,27 +129,40 @@ def on_activations(
     return reconstruction_part(judged).metrics, judged.held_out
 
 
-def _part(name: str, judged: Judged, sources: dict[str, str]) -> dict[str, Any]:
-    """The part's `metrics` and `tables` as JSON data, out of RUN/eval/NAME.json if they are there, else kept there."""
-    config, sizes = judged.config, judged.sizes(name)
-    fields = ("n_bootstrap", "seed", *_USES.get(name, ()))
-    settings = {**{field: getattr(config, field) for field in fields}, "sizes": sizes, "full": config.suite != "basic"}
-    path = Path(config.run) / "eval" / f"{name}.json"
-    if found := _finished(path, _PART_KIND, settings, sources):
+def _kept(name: str, judged: Judged, sources: dict[str, str]) -> dict[str, Any] | None:
+    """The part as RUN/eval/NAME.json has it, None where that is not there or of something else."""
+    found = _finished(_part_path(judged.config, name), _PART_KIND, _part_settings(name, judged), sources)
+    if found is not None:
         log.info("%s: already there", name)
-        return found
+    return found
+
+
+def _part_path(config: EvalConfig, name: str) -> Path:
+    return Path(config.run) / "eval" / f"{name}.json"
+
+
+def _part_settings(name: str, judged: Judged) -> dict[str, Any]:
+    config, fields = judged.config, ("n_bootstrap", "seed", *_USES.get(name, ()))
+    facts = {"sizes": judged.sizes(name), "full": config.suite != "basic"}
+    return {**{field: getattr(config, field) for field in fields}, **facts}
+
+
+def _part(name: str, judged: Judged, sources: dict[str, str]) -> dict[str, Any]:
+    """The part's `metrics` and `tables` as JSON data, kept in RUN/eval/NAME.json too."""
     started = time.monotonic()
-    metrics, tables = PARTS[name](judged, **sizes)
+    metrics, tables, left_out = PARTS[name](judged, **judged.sizes(name))
+    for what, reason in left_out.items():
+        log.info("%s: left out, as %s", what, reason)
     by_name = {m.name: {k: v for k, v in dataclasses.asdict(m).items() if k != "name"} for m in metrics}
-    found = artifacts.manifest(
-        _PART_KIND, settings, sources, metrics=by_name, tables=tables, seconds=round(time.monotonic() - started, 1)
-    )
-    artifacts.write_json(path, found)
+    facts = {"metrics": by_name, "tables": tables, "left_out": dict(left_out)}
+    seconds = round(time.monotonic() - started, 1)
+    found = artifacts.manifest(_PART_KIND, _part_settings(name, judged), sources, **facts, seconds=seconds)
+    artifacts.write_json(_part_path(judged.config, name), found)
     log.info("%s: %.1f s", name, found["seconds"])
     return found
 
 
-def _report(judged: Judged, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _report(judged: Judged, parts: dict[str, dict[str, Any]], failed: dict[str, str]) -> dict[str, Any]:
     tables = {name: dict(part["tables"]) for name, part in parts.items()}
     facts = {name: value for kept in tables.values() for name, value in kept.pop("facts", {}).items()}
     histogram = tables["reconstruction"].pop("density_log10")
@@ -135,6 +171,8 @@ def _report(judged: Judged, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "metrics": {name: metric for part in parts.values() for name, metric in part["metrics"].items()},
         "histograms": {"density_log10": histogram},
         "tables": {name: kept for name, kept in tables.items() if kept},
+        "left_out": {what: reason for part in parts.values() for what, reason in part.get("left_out", {}).items()},
+        "failed": failed,
     }
 
 
@@ -154,7 +192,7 @@ def _finished(path: Path, kind: str, settings: dict[str, Any], sources: dict[str
     if (found["sources"], found["versions"].get("monosem")) != (sources, version) or found["config"] not in at_least:
         log.info("%s is of another config, autoencoder, store or version: evaluating again", path)
         return None
-    return found
+    return None if found.get("failed") else found
 
 
 def _facts(autoencoder: Autoencoder, store: ActivationStore) -> dict[str, Any]:

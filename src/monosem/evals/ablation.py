@@ -37,6 +37,8 @@ from monosem.model import Autoencoder
 from monosem.subject import Subject
 from monosem.types import Metric, Site
 
+N_TOKENS = 16
+"""Predictions, from an ablated token's own on, in which moved logits are counted."""
 KINDS = ("", "_channels", "_random_directions", "_random_dictionary")
 """Suffixes of the numbers; the first is the latents."""
 _LOGITS_BYTES = 1 << 27  # of the ablated tokens' logits; about four such tensors are alive at once
@@ -52,7 +54,7 @@ def metrics(
     *,
     first_position: int,
     n_ablations: int = 200,
-    n_tokens: int = 16,
+    n_tokens: int = N_TOKENS,
     n_resamples: int,
     seed: int,
 ) -> tuple[list[Metric], dict[str, Any]]:
@@ -67,7 +69,7 @@ def metrics(
     if n_positions < 1:
         raise ValueError(
             f"contexts of {tokens.shape[1]} tokens hold no {n_tokens} tokens from position {first_position} on; "
-            "lower n_tokens or harvest longer contexts"
+            "harvest longer contexts"
         )
     generator = torch.Generator().manual_seed(seed)
     contexts = torch.arange(n_ablations) * len(tokens) // n_ablations
@@ -120,7 +122,7 @@ def effects(
     positions: Int[Tensor, " batch"],
     latents: Int[Tensor, " batch"],
     *,
-    n_tokens: int = 16,
+    n_tokens: int = N_TOKENS,
 ) -> Effects:
     """Ablate `latents[b]` at `positions[b]` of context b; sparsity counts `n_tokens` predictions from there on.
 

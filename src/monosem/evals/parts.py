@@ -8,8 +8,9 @@ so in the log.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from monosem.evals import (
     tasks,
 )
 from monosem.evals.bootstrap import clusters_of
+from monosem.evals.tasks import Task
 from monosem.logs import progress
 from monosem.model import Autoencoder
 from monosem.n2g import LatentReader
@@ -69,6 +71,7 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
 """Suite -> its parts, in order -> their sizes. Smaller sizes give wider intervals, nothing else."""
 
 
+_WITHOUT_SUBJECT = {"reconstruction", "latents", "refinement"}
 _PCA_ROWS = 16_384
 
 
@@ -78,6 +81,8 @@ class Part(NamedTuple):
     metrics: list[Metric]
     tables: dict[str, Any]
     """Tables, curves and facts as JSON data, by name."""
+    left_out: Mapping[str, str] = MappingProxyType({})
+    """What of it has no meaning here, and why."""
 
 
 class Rows(NamedTuple):
@@ -101,6 +106,11 @@ class Shared:
             self._tasks[source] = tasks.load(source)
         return self._tasks[source]
 
+    def some_tasks(self, source: str, n: int) -> list[Task]:
+        """At most `n` of the source's, spread evenly."""
+        found = self.tasks(source)
+        return [found[i * len(found) // n] for i in range(n)] if n < len(found) else found
+
 
 class Judged:
     """One autoencoder and what its parts share, loaded when first asked for."""
@@ -120,17 +130,19 @@ class Judged:
     @cached_property
     def subject(self) -> Subject:
         """For losses and logits."""
-        return subject_of(self.store, "float32", self.config.device, self.shared.subjects)
+        return self._subject("float32")
 
     @cached_property
     def reading_subject(self) -> Subject:
         """To read activations off new texts."""
-        return subject_of(self.store, self.store.subject_dtype, self.config.device, self.shared.subjects)
+        return self._subject(self.store.subject_dtype)
+
+    def _subject(self, dtype: str) -> Subject:
+        return subject_of(self.store, dtype, self.config.device, self.shared.subjects, model=self.config.model)
 
     def tasks(self, n: int) -> list[tasks.Task]:
         """At most `n` of the labelled tasks, spread evenly over those of the source."""
-        found = self.shared.tasks(self.config.tasks)
-        return [found[i * len(found) // n] for i in range(n)] if n < len(found) else found
+        return self.shared.some_tasks(self.config.tasks, n)
 
     def sizes(self, part: str) -> dict[str, int]:
         """How large a part is."""
@@ -183,12 +195,21 @@ class Judged:
         return clusters_of(documents).repeat_interleave(self.store.rows_per_context)
 
 
-def check(judged: Judged) -> None:
-    """`ValueError` for labelled texts that cannot be read or halved: now, not after minutes of other parts."""
-    if "probes" in SIZES[judged.config.suite] and judged.autoencoder.tells_pre_activations:
-        sizes = judged.sizes("probes")
-        for task in judged.tasks(sizes["n_tasks"]):
-            tasks.split(task, n_texts=sizes["n_texts"], seed=judged.config.seed)
+def check(judged: Judged, todo: set[str]) -> None:
+    """`ValueError` for a subject that is not there, or labelled texts that cannot be read or halved: now, not after
+    minutes of other parts.
+    """
+    if todo - _WITHOUT_SUBJECT:
+        _ = judged.subject
+    if "probes" in todo and judged.autoencoder.tells_pre_activations:
+        check_tasks(judged.config, judged.shared)
+
+
+def check_tasks(config: EvalConfig, shared: Shared) -> None:
+    """`ValueError` for labelled texts that cannot be read or halved."""
+    sizes = SIZES[config.suite]["probes"]
+    for task in shared.some_tasks(config.tasks, sizes["n_tasks"]):
+        tasks.split(task, n_texts=sizes["n_texts"], seed=config.seed)
 
 
 def reconstruction_part(judged: Judged) -> Part:
@@ -232,8 +253,9 @@ def latents_part(judged: Judged, n_rows: int) -> Part:
 def downstream_part(judged: Judged) -> Part:
     """What the subject loses, beside both ablations; and the compute that a model with that loss would have cost."""
     subject, store, n_tokens = judged.subject, judged.store, judged.config.n_tokens_downstream
-    if _has_no_logits(subject, "downstream numbers"):
-        return Part([], {"facts": {"n_tokens_downstream": 0, "n_first_positions_left_out": 0}})
+    if not subject.has_logits:
+        facts = {"n_tokens_downstream": 0, "n_first_positions_left_out": 0}
+        return _left_out("downstream numbers", _no_logits(subject))._replace(tables={"facts": facts})
     tokens, documents = judged.contexts(n_tokens)
     patches = list(downstream.patches_of(judged.autoencoder, store.mean).values())
     if full := judged.config.suite != "basic":
@@ -272,26 +294,31 @@ def progressive_part(judged: Judged, n_rows: int, n_tokens: int) -> Part:
     """Error and loss at other numbers of latents than k, and at a fixed threshold."""
     autoencoder, store = judged.autoencoder, judged.store
     if "k" not in activation_facts(autoencoder.config.activation).uses:
-        log.info("progressive recovery is left out: activation %s has no k", autoencoder.config.activation)
-        return Part([], {})
+        return _left_out("progressive recovery", f"activation {autoencoder.config.activation} has no k")
     if not autoencoder.tells_pre_activations:
-        log.info("progressive recovery is left out: this autoencoder does not tell its pre-activations")
-        return Part([], {})
+        return _left_out("progressive recovery", "this autoencoder does not tell its pre-activations")
     rows, clusters, _ = judged.rows(n_rows)
     threshold = progressive.matched_threshold(autoencoder, judged.rows(n_rows, "train").rows, autoencoder.config.k)
     metrics = progressive.metrics_on_activations(autoencoder, rows, clusters, threshold, **judged.options)
-    if not _has_no_logits(judged.subject, "progressive losses"):
+    left_out = {}
+    if not judged.subject.has_logits:
+        left_out["progressive losses"] = _no_logits(judged.subject)
+    else:
         text = judged.contexts(n_tokens)
         read = judged.subject, autoencoder, store.site, *text, threshold
         metrics += progressive.metrics_downstream(*read, first_position=store.first_position, **judged.options)
-    return Part(metrics, {"curve": progressive.curve(metrics), "facts": {"threshold": threshold}})
+    return Part(metrics, {"curve": progressive.curve(metrics), "facts": {"threshold": threshold}}, left_out)
 
 
 def ablation_part(judged: Judged, n_ablations: int) -> Part:
     """How many logits one latent moves."""
-    if _has_no_logits(judged.subject, "ablations"):
-        return Part([], {})
+    if not judged.subject.has_logits:
+        return _left_out("ablations", _no_logits(judged.subject))
     first, text = judged.store.first_position, judged.contexts(64 * n_ablations)
+    if (needed := first + ablation.N_TOKENS) > judged.store.context_length:
+        return _left_out(
+            "ablations", f"the store's contexts of {judged.store.context_length} tokens are shorter than {needed}"
+        )
     read = judged.subject, judged.autoencoder, judged.store.site, *text
     metrics, effects = ablation.metrics(*read, first_position=first, n_ablations=n_ablations, **judged.options)
     return Part(metrics, {"effects": effects})
@@ -300,8 +327,7 @@ def ablation_part(judged: Judged, n_ablations: int) -> Part:
 def probes_part(judged: Judged, n_tasks: int, n_texts: int) -> Part:
     """How well the best single latent answers labelled tasks."""
     if not judged.autoencoder.tells_pre_activations:
-        log.info("probes are left out: this autoencoder does not tell its pre-activations")
-        return Part([], {})
+        return _left_out("probes", "this autoencoder does not tell its pre-activations")
     read = judged.reading_subject, judged.autoencoder, judged.store.site, judged.tasks(n_tasks)
     metrics, rows = probes.metrics(*read, n_texts=n_texts, pooled=judged.shared.pooled, **judged.options)
     return Part(metrics, {"tasks": rows})
@@ -311,8 +337,8 @@ def explainability_part(
     judged: Judged, n_latents: int, n_examples: int, n_tokens_building: int, n_tokens_simulated: int
 ) -> Part:
     """How well rules read off examples predict latents, and what the subject loses when latents take their values."""
-    if _has_no_logits(judged.reading_subject, "explanations"):
-        return Part([], {})
+    if not judged.reading_subject.has_logits:
+        return _left_out("explanations", _no_logits(judged.reading_subject))
     reader = LatentReader(judged.reading_subject, judged.autoencoder, judged.store.site)
     n_tokens = min(explainability.N_TOKENS, judged.store.n_rows("held_out"))
     if n_tokens < explainability.N_TOKENS:
@@ -332,10 +358,12 @@ def explainability_part(
     return Part(scores.metrics + simulated, {"latents": scores.rows})
 
 
-def _has_no_logits(subject: Subject, what: str) -> bool:
-    if not subject.has_logits:
-        log.info("%s are left out: %s is an encoder and predicts no next token", what, subject.name)
-    return not subject.has_logits
+def _left_out(what: str, reason: str) -> Part:
+    return Part([], {}, {what: reason})
+
+
+def _no_logits(subject: Subject) -> str:
+    return f"{subject.name} is an encoder and predicts no next token"
 
 
 PARTS: dict[str, Callable[..., Part]] = {

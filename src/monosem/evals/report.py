@@ -52,6 +52,13 @@ class Evaluation(NamedTuple):
     def metrics(self) -> dict[str, dict[str, Any]]:
         return self.manifest["metrics"]
 
+    @property
+    def missing(self) -> list[str]:
+        """What is not here, a line each: left out or failed, and why."""
+        left_out, failed = (self.manifest.get(name, {}) for name in ("left_out", "failed"))
+        lines = [f"{what}: left out, as {reason}" for what, reason in left_out.items()]
+        return lines + [f"{part} failed: {reason}" for part, reason in failed.items()]
+
     def tables(self, part: str) -> dict[str, Any]:
         return self.manifest["tables"].get(part, {})
 
@@ -61,10 +68,15 @@ def check(path: str | Path) -> None:
     page = Path(path)
     if page.suffix.lower() != ".html":
         raise ValueError(f"report is {path}; give the name of an .html file (its table is written beside it, as .md)")
-    for old in (page, page.with_suffix(".md")):
-        if old.exists() and _MARK not in old.read_text("utf-8", errors="replace")[:1000]:
-            raise ValueError(f"{old} exists and is no report of monosem; choose another name or move it away")
+    for output in (page, page.with_suffix(".md")):
+        artifacts.require_ours(output, _is_report)
+        artifacts.require_writable(output)
     charts.library("plotly")
+
+
+def _is_report(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return _MARK.encode() in file.read(1000)
 
 
 def read(folders: list[str]) -> list[Evaluation]:
@@ -84,9 +96,10 @@ def labels(folders: list[str]) -> list[str]:
 
 def write(evaluations: list[Evaluation], path: str | Path) -> None:
     """The page in `path`, the table beside it; `ValueError` as in `check`."""
-    check(path)
-    charts.write_text(Path(path), page(evaluations))
-    charts.write_text(Path(path).with_suffix(".md"), markdown(evaluations))
+    with artifacts.file_lock(path):
+        check(path)
+        charts.write_text(Path(path), page(evaluations))
+        charts.write_text(Path(path).with_suffix(".md"), markdown(evaluations))
 
 
 def markdown(evaluations: list[Evaluation]) -> str:
@@ -94,6 +107,7 @@ def markdown(evaluations: list[Evaluation]) -> str:
     lines = [f"<!-- {_MARK} -->"]
     for evaluation in evaluations:
         lines += ["", f"## {_cell(evaluation.label)}", "", _cell(title(evaluation.run)), ""]
+        lines += [line for said in evaluation.missing for line in (_cell(said), "")]
         lines += ["| metric | value | 95% interval | n | unit | beside it | definition |", "|" + " --- |" * 7]
         for rows in sections(evaluation.metrics).values():
             for row in rows:
@@ -150,6 +164,7 @@ def title(run: dict[str, Any]) -> str:
 def _evaluation(evaluation: Evaluation, prefix: str) -> str:
     """One autoencoder: what it is, then each section with its numbers, charts and tables."""
     pictures, found = _pictures(evaluation), [_facts(evaluation)]
+    found += [f"<p>{html.escape(said)}</p>" for said in evaluation.missing]
     for name, rows in sections(evaluation.metrics).items():
         found.append(f"<section><h2>{name}</h2>")
         found += [_row(row, evaluation.metrics) for row in rows]

@@ -30,6 +30,8 @@ from monosem.types import free_memory, resolve_device
 log = logging.getLogger("monosem")
 
 N_VOTES = 10
+_OPTIONAL = ("n2g", "ablations", "probes")
+"""Parts without which an explanation can be read."""
 PROBES = "eval/probes.json"
 
 
@@ -37,15 +39,25 @@ PROBES = "eval/probes.json"
 def explain(config: ExplainConfig) -> ExplainStore:
     """RUN/explain/, made or found complete for this autoencoder, store and config.
 
+    A part of `_OPTIONAL` that fails leaves the others: the manifest's `failed` says why, and the next call tries again.
     `ValueError` when there is no autoencoder or no store of its site, the subject is not the store's, or memory is
     short.
     """
     folder = autoencoder_folder(config.run)  # before the lock, which would make the folder
+    job = Job(config, folder)
+    wanted = _planned(job)
+    todo = {name for name in PARTS if name not in job.computed or job.computed[name]["of"] != wanted[name]}
+    todo |= job.damaged.keys()
+    if not todo and not job.failed:
+        log.info("%s is already complete; skipped", job.folder)  # read without a lock, where nothing may be writable
+        return ExplainStore(job.folder)
+    check_memory(job.n_latents, job.store.context_length, free_memory(resolve_device("cpu")))
+    if todo & {"weights", "n2g", "ablations"}:
+        _ = job.subject  # that it is there shows before the work
     with artifacts.folder_lock(config.run):
-        job = Job(config, folder)
-        wanted: dict[str, Of] = {}
-        for name, part in PARTS.items():
-            wanted[name] = part.of(job, wanted)
+        job.read()  # as it may have been written meanwhile
+        wanted = _planned(job)
+        job.failed.clear()
         job.keep_only(wanted)
         for name, part in PARTS.items():
             if name in job.computed:
@@ -53,11 +65,30 @@ def explain(config: ExplainConfig) -> ExplainStore:
                 continue
             started = time.monotonic()
             job.writer.part = name
-            made = part.make(job, wanted[name])
+            if name == "words" and "n2g" in job.failed:
+                wanted[name] = {"n2g": None}  # to be made again when there are rules
+            try:
+                made = part.make(job, wanted[name])
+            except (ValueError, ArithmeticError, LookupError, MemoryError, RuntimeError) as error:
+                if name not in _OPTIONAL:
+                    raise
+                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                job.failed[name] = " ".join(f"{kind}{error}".split())
+                log.error("%s failed: %s; the same command tries it again", name, job.failed[name])
+                log.debug("%s failed", name, exc_info=True)
+                continue
             seconds = round(time.monotonic() - started, 1)
             log.info("%s: %.1f s", name, seconds)
             job.record(name, {**made, "seconds": seconds, "of": wanted[name]})
     return ExplainStore(job.folder)
+
+
+def _planned(job: Job) -> dict[str, Of]:
+    """On what each part as asked for depends."""
+    wanted: dict[str, Of] = {}
+    for name, part in PARTS.items():
+        wanted[name] = part.of(job, wanted)
+    return wanted
 
 
 class Part(NamedTuple):
@@ -209,7 +240,7 @@ def _of_probes(job: Job) -> Of:
 
 
 def _words(job: Job, of: Of) -> dict[str, Any]:
-    kept = rules.read(job.folder / rules.FILE, of["n2g"])
+    kept = rules.read(job.folder / rules.FILE, of["n2g"]) if of["n2g"] is not None else {}
     found = {latent: [(pattern, value) for pattern, value in row["rule"]] for latent, row in kept.items()}
     words.write(job.folder, job.n_latents, found)
     job.writer.keep(words.FILE)

@@ -23,7 +23,7 @@ from monosem.types import resolve_device
 
 log = logging.getLogger("monosem")
 
-_MAY_CHANGE = ("run", "store", "device", "tasks")
+_MAY_CHANGE = ("run", "store", "device", "model", "tasks")
 
 Of = dict[str, Any]
 """On what the result of a part depends, beside the autoencoder and the store."""
@@ -38,14 +38,21 @@ class Job:
         _, self.autoencoder, self.store = open_run(config.run, config.store, self.device)
         self.sources = {"autoencoder": artifacts.sha256_file(autoencoder / "config.json"), "store": self.store.hash}
         self.writer = ColumnWriter(self.folder)
-        self.computed: dict[str, dict[str, Any]] = {}
         self._subjects: dict[tuple[Any, ...], Subject] = {}
+        self.read()
+
+    def read(self) -> None:
+        """See what of this explanation is there."""
+        self.computed: dict[str, dict[str, Any]] = {}
+        self.failed: dict[str, str] = {}
+        """Parts that could not be made, and why."""
         path = self.folder / "manifest.json"
         found = artifacts.read_manifest(path, KIND) if path.exists() else {}
         self.damaged: dict[str, str] = {}
         """Parts that are to be made again, and why."""
         if found.get("sources") == self.sources:
             self.computed, self.writer.columns, self.writer.files = (found[k] for k in ("computed", "columns", "files"))
+            self.failed = found["failed"]
             self._check()
 
     @property
@@ -59,12 +66,14 @@ class Job:
     @cached_property
     def subject(self) -> Subject:
         """For losses and logits."""
-        return subject_of(self.store, "float32", self.config.device, self._subjects)
+        return subject_of(self.store, "float32", self.config.device, self._subjects, model=self.config.model)
 
     @cached_property
     def reading_subject(self) -> Subject:
         """To read activations off new texts."""
-        return subject_of(self.store, self.store.subject_dtype, self.config.device, self._subjects)
+        return subject_of(
+            self.store, self.store.subject_dtype, self.config.device, self._subjects, model=self.config.model
+        )
 
     @cached_property
     def tasks(self) -> list[Task]:
@@ -115,6 +124,7 @@ class Job:
             "n_quantile_bands": collect.N_BANDS,
             "probe_tasks": self.computed.get("probes", {}).get("tasks", []),
             "computed": self.computed,
+            "failed": self.failed,
             "columns": self.writer.columns,
             "files": self.writer.files,
         }

@@ -17,27 +17,45 @@ from monosem import artifacts
 from monosem.explained import ExplainStore
 from monosem.logs import progress
 
+KIND = "sae-viewer"
 BIN_WIDTH = 0.2
 """Of its histogram: bin b holds activations in (0.2 (b - 1), 0.2 b]."""
 _SIDES = {"up": "upvote", "down": "downvote"}
 
 
 def write(store: ExplainStore, folder: str | Path, latents: Iterable[int]) -> int:
-    """Write the files of `latents`; returns how many. A file that is there is replaced."""
-    chosen = list(latents)
+    """Write the files of `latents`; returns how many. Those of an older export are replaced. Errors as `check`."""
+    with artifacts.folder_lock(folder):
+        check(folder)
+        sources = dict(store.manifest["sources"])
+        artifacts.write_json(Path(folder) / "export.json", artifacts.manifest(KIND, {}, sources))
+        return _write(store, Path(folder), list(latents))
+
+
+def check(folder: str | Path) -> None:
+    """`ValueError` unless `folder` can be written, and holds no atoms/ that this did not write."""
+    folder = Path(folder)
+    artifacts.require_writable(folder / "export.json")
+    if (folder / "export.json").exists():
+        artifacts.read_manifest(folder / "export.json", KIND)
+    elif (folder / "atoms").exists():
+        raise ValueError(f"{folder} has atoms/ and is no export (it has no export.json); choose another folder")
+
+
+def _write(store: ExplainStore, folder: Path, chosen: list[int]) -> int:
     words = store.vocabulary
     ablated = store.column("ablation_latents").tolist() if "ablation_latents" in store else []
     rows = {latent: row for row, latent in enumerate(ablated)}
     for latent in progress(chosen, "sae-viewer", "latent", total=len(chosen), each=1):
         facts = _facts(store, latent)
         sequences = {kind: _sequences(store, words, latent, kind, facts["density"]) for kind in ("top", "random")}
-        artifacts.write_json(Path(folder) / "atoms" / f"{latent}.json", {**facts, **sequences})
+        artifacts.write_json(folder / "atoms" / f"{latent}.json", {**facts, **sequences})
         if latent in rows:
             effects = [
                 {**s, **_effects(store, words, rows[latent], i)} for i, s in _ablated(store, rows[latent], sequences)
             ]
             data = {**facts, "top": effects, "random": []}
-            artifacts.write_json(Path(folder) / "atoms" / f"{latent}-ablated.json", data)
+            artifacts.write_json(folder / "atoms" / f"{latent}-ablated.json", data)
     return len(chosen)
 
 

@@ -76,29 +76,40 @@ def write(run_folder: str | Path, out: str | Path, latents: Sequence[int]) -> in
     `ValueError` when `out` is there and is no export, or nothing is explained.
     """
     out = Path(out)
-    _check_replaceable(out)
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    with artifacts.file_lock(out):
+        check(out)
+        _make(Path(run_folder), out, latents)
+    return sum(path.is_file() for path in out.rglob("*"))
+
+
+def _make(run_folder: Path, out: Path, latents: Sequence[int]) -> None:
+    temporary, old = artifacts.temporary_beside(out), artifacts.temporary_beside(out.with_name(f"{out.name}.old"))
+    temporary.mkdir()
     try:
-        site = Site(Path(run_folder), read_only=True, links=FileLinks(0, latents))
+        site = Site(run_folder, read_only=True, links=FileLinks(0, latents))
         _write_pages(site, temporary, latents)
         _write_static(temporary / "static")
         _write_data(site, temporary / "data", latents)
         sources = dict(site.run.explanation.manifest["sources"]) if site.run.explanation else {}
         artifacts.write_json(temporary / "export.json", artifacts.manifest(KIND, {}, sources, n_latents=len(latents)))
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(old)
         temporary.rename(out)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return sum(path.is_file() for path in out.rglob("*"))
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_replaceable(out: Path) -> None:
+def check(out: Path) -> None:
+    """`ValueError` unless pages can be written to `out`: a new folder, an empty one, an export; with plotly at hand."""
+    artifacts.require_writable(out)
+    if web.plotly_file() is None:
+        raise ValueError("plotly is not installed, and the pages need it: pip install 'monosem[viewer]'")
+    if out.is_symlink():
+        raise ValueError(f"{out} is a symbolic link, and the folder is replaced as a whole; give the folder itself")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if (out / "export.json").exists():
+    if out.is_dir() and (out / "export.json").exists():
         artifacts.read_manifest(out / "export.json", KIND)
         return
     raise ValueError(f"{out} is there and is no export (it has no export.json); choose another folder")
@@ -145,8 +156,8 @@ def _write_static(folder: Path) -> None:
     shutil.copytree(web.HERE / "static", folder, ignore=shutil.ignore_patterns("*.js"))
     shutil.copy(web.HERE / "static/theme.js", folder / "theme.js")
     _write(folder / "site.js", script())
-    if (plotly := web.plotly_file()) is None:
-        raise ValueError("plotly is not installed, and the pages need it: pip install 'monosem[viewer]'")
+    plotly = web.plotly_file()
+    assert plotly is not None  # `check` has looked
     shutil.copy(plotly, folder / "plotly.min.js")
 
 

@@ -13,10 +13,13 @@ from monosem import artifacts, charts
 from monosem.explained import ExplainStore
 
 _LATENTS_AT_ONCE = 8192
+_MARK = {b"monosem": b"latents"}
+"""In the file's metadata."""
 
 
 def write(store: ExplainStore, path: str | Path) -> int:
-    """Write the file, atomically; returns the number of rows. What was not computed is null."""
+    """Write the file, atomically; returns the number of rows. What was not computed is null. Errors as `check`."""
+    check(path)
     arrow, parquet = charts.library("pyarrow", "hub"), charts.library("pyarrow.parquet", "hub")
     names = [name for name in sorted(store.manifest["columns"]) if store.column(name).shape == (store.n_latents,)]
     numbers = [name for name in names if name not in ("probe_task", "ablation_latents")]
@@ -24,7 +27,7 @@ def write(store: ExplainStore, path: str | Path) -> int:
     types = {name: arrow.from_numpy_dtype(store.column(name).dtype) for name in numbers}
     fields = {"latent": arrow.int32(), **types, "probe_task": arrow.string()}
     fields |= {name: arrow.string() for name in ("explanation", "top_tokens")}
-    schema = arrow.schema(list(fields.items()))
+    schema = arrow.schema(list(fields.items()), metadata=_MARK)
 
     def batch(start: int, stop: int) -> Any:
         rows: dict[str, Any] = {"latent": np.arange(start, stop, dtype=np.int32)}
@@ -40,8 +43,23 @@ def write(store: ExplainStore, path: str | Path) -> int:
             for start in range(0, store.n_latents, _LATENTS_AT_ONCE):
                 writer.write_batch(batch(start, min(start + _LATENTS_AT_ONCE, store.n_latents)))
 
-    artifacts.write_atomic(path, save)
+    with artifacts.file_lock(path):
+        artifacts.write_atomic(path, save)
     return store.n_latents
+
+
+def check(path: str | Path) -> None:
+    """`ValueError` unless the table can be written to `path`, a new file or one that it wrote; with pyarrow at hand."""
+    parquet = charts.library("pyarrow.parquet", "hub")
+
+    def is_ours(there: Path) -> bool:
+        try:
+            return (parquet.read_schema(there).metadata or {}).items() >= _MARK.items()
+        except (ValueError, OSError):  # no Parquet file
+            return False
+
+    artifacts.require_ours(path, is_ours)
+    artifacts.require_writable(path)
 
 
 def words(store: ExplainStore, start: int, stop: int) -> tuple[list[str | None], list[str | None]]:

@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from monosem import artifacts
+from monosem import artifacts, charts
 from monosem.config import ScaleConfig
 from monosem.scaling import costs, questions, sparsity, tables
 from monosem.scaling.entry import end
@@ -31,18 +31,38 @@ def scale(config: ScaleConfig) -> dict[str, Any]:
     sites, or holds too few runs for any law.
     """
     path = tables.table_path(config.table)
+    with artifacts.file_lock(path.parent / "scaling.json"):
+        return _scale(config, path)
+
+
+def _scale(config: ScaleConfig, path: Path) -> dict[str, Any]:
+    out = path.parent
+    _check(out, figures=config.figures)
     table = tables.read_table(path)
     for run, reason in table.excluded:
         log.warning("run %s is left out: %s", run, reason)
     report = _report(config, path, table)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("table", "families")}
-    out = path.parent
+    artifacts.write_json(out / "scaling.json", artifacts.manifest(KIND, settings, {"runs": table.sha256}, **report))
     if config.figures:
         from monosem.scaling import figures
 
         figures.write(report, out)
-    artifacts.write_json(out / "scaling.json", artifacts.manifest(KIND, settings, {"runs": table.sha256}, **report))
     return _public(report)
+
+
+def _check(out: Path, *, figures: bool) -> None:
+    """`ValueError` unless the results can be written: over those of an earlier call alone, with the libraries there."""
+    artifacts.require_writable(out / "scaling.json")
+    if (out / "scaling.json").exists():
+        artifacts.read_manifest(out / "scaling.json", KIND)
+    charts.library("scipy")
+    if figures:
+        for name in ("matplotlib", "plotly"):
+            charts.library(name)
+        if not (out / "scaling.json").exists():  # it is written before its figures
+            for path in (out / "scaling.html", *(out / "figures").glob("*.png")):
+                artifacts.require_ours(path, lambda _: False)
 
 
 def summary(report: dict[str, Any]) -> str:

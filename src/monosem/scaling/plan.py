@@ -98,6 +98,8 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         raise ValueError("scaling is missing; give the scaling.json that `monosem scale` left")
     if all(goal is None for goal in (config.flops, config.hours, config.tokens, config.nmse)):
         raise ValueError("give a budget or a goal: one of flops, hours, tokens, nmse")
+    if config.out is not None:
+        _require_new(config.out)
     laws = Laws.read(config.scaling)
     ks = [config.k] if config.k is not None else laws.ks()
     if not ks:
@@ -105,12 +107,20 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     plans = [_plan(config, laws, k) for k in ks]
     found = {"of": laws.report["of"], "scaling": laws.sha256, "plans": plans}
     if config.out is not None:
-        if Path(config.out).exists():
-            raise ValueError(f"{config.out} exists; a prediction is not overwritten: choose another name")
         settings = {name: value for name, value in to_dict(config).items() if name not in ("scaling", "out")}
-        artifacts.write_json(config.out, artifacts.manifest(_PREDICTION, settings, {"scaling": laws.sha256}, **found))
+        with artifacts.file_lock(config.out):
+            _require_new(config.out)
+            made = artifacts.manifest(_PREDICTION, settings, {"scaling": laws.sha256}, **found)
+            artifacts.write_json(config.out, made)
         found["out"] = config.out
     return found
+
+
+def _require_new(path: str) -> None:
+    artifacts.require_regular(path)
+    if Path(path).exists():
+        raise ValueError(f"{path} exists; a prediction is not overwritten: choose another name")
+    artifacts.require_writable(path)
 
 
 def check(config: PlanConfig) -> dict[str, Any]:

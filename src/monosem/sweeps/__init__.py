@@ -28,7 +28,7 @@ from monosem.logs import LiveTable
 from monosem.stream import ActivationStream, StoreSource
 from monosem.sweeps import grid, memory, table
 from monosem.torch_state import pinned
-from monosem.training import Diverged, Run, Supply, identity, is_finished
+from monosem.training import Diverged, Run, Supply, begin, identity, is_finished
 from monosem.types import free_memory, resolve_device
 
 log = logging.getLogger("monosem")
@@ -103,6 +103,9 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
         if not getattr(config, name):
             raise ValueError(f"{name} is empty; give a folder for out, a JSON file for grid")
     asked = grid.runs(config)
+    if (found := _Sweep(config, asked, threading.Event()).finished()) is not None:  # read without a lock
+        log.info("all runs of %s are already finished; skipped", config.out)
+        return found
     with artifacts.folder_lock(config.out), interrupts.postponed() as interrupted:
         return _Sweep(config, asked, interrupted).run()
 
@@ -122,6 +125,14 @@ class _Sweep:
         self.memory: list[str] = []
         names = ("kernel_s", "evaluating_s", "saving_s", "starting_s", "waiting_s")
         self.seconds = {name: self.before.get("seconds", {}).get(name, 0.0) for name in names}
+
+    def finished(self) -> dict[str, Any] | None:
+        """What sweep.json holds, if all that is asked for is done."""
+        for member in self.members:
+            self._find(member)
+        done = {m.name for m in self.members if not m.active}
+        known = self.before.get("runs", {})
+        return self.before if known.keys() == done == {m.name for m in self.members} else None
 
     def run(self) -> dict[str, Any]:
         for member in self.members:
@@ -207,6 +218,7 @@ class _Sweep:
 
     def _start(self, member: Member, supply: Supply) -> None:
         member.run, member.status = Run(member.config, supply), "training"
+        begin(member.config, member.store)
         member.step, member.kernel_s = member.run.state.step, member.run.work.kernel_s
         if self.table.rewind(member.name, member.run.tokens_seen):
             self._write()  # first, as it vouches for the rows: a kill leaves too many of these, never too few

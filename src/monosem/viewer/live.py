@@ -76,14 +76,14 @@ class Edit(NamedTuple):
 
 
 @pinned
-def load(run: str, device: str = "auto") -> Live:
+def load(run: str, device: str = "auto", model: str | None = None) -> Live:
     """The autoencoder of a run and its subject, warm; `ValueError` when either is missing or not the one trained on."""
     autoencoder = Autoencoder.load(run_folder.autoencoder_folder(run))
     provenance = autoencoder.provenance
     if provenance.get("site") is None:
         raise ValueError(f"the autoencoder of {run} does not say of which site it is; no text can be tried on it")
     site, harvest = Site(**provenance["site"]), provenance.get("harvest", {})
-    subject = Subject.load(site.model, revision=site.revision, dtype="float32", device=device)
+    subject = run_folder.load_subject(site, "float32", device, model)
     for source, found in (("tokenizer", subject.tokenizer_hash), ("subject", subject.hash)):
         if provenance.get("sources", {}).get(source) not in (None, found):
             raise ValueError(f"the {source} of {subject.name} is not the one {run} was trained with; restore the model")

@@ -106,7 +106,7 @@ def serve(config: ServeConfig) -> None:
     """Serve until interrupted. `ValueError` when the folder holds no run or the port is taken."""
     scaling_folder = Path(config.scaling) if config.scaling is not None else None
     others = [Run(Path(other)).folder for other in config.others]
-    site = Site(Path(config.run), scaling_folder, others=others, read_only=config.read_only)
+    site = Site(Path(config.run), scaling_folder, others=others, read_only=config.read_only, model=config.model)
     with _listening(config.port) as listener:
         log.info("%s: http://127.0.0.1:%d (Ctrl-C stops it)", config.run, listener.getsockname()[1])
         options = uvicorn.Config(application(site), log_level="warning", access_log=False, lifespan="off")

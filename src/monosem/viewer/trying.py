@@ -93,18 +93,18 @@ def _with_model(site: Site, use: Callable[[ModuleType, Any], dict[str, Any]]) ->
             from monosem.viewer import live
 
             run = site.run
-            return use(live, _loaded(run.folder, run.facts["weights_sha256"]))
+            return use(live, _loaded(run.folder, run.facts["weights_sha256"], site.model))
     finally:
         _WAITING.release()
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(folder: Path, weights_sha256: str) -> Any:
+def _loaded(folder: Path, weights_sha256: str, model: str | None) -> Any:
     """The model of a run, kept until other weights are asked for."""
     from monosem.viewer import live
 
     with files.reading(folder):
-        return live.load(str(folder))
+        return live.load(str(folder), model=model)
 
 
 def _checked(sent: dict[str, Any]) -> dict[str, Any]:

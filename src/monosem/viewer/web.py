@@ -89,7 +89,10 @@ class Site:
         others: Sequence[Path] = (),
         read_only: bool = False,
         links: Links | None = None,
+        model: str | None = None,
     ) -> None:
+        self.model = model
+        """Where the run's subject lies, if it has moved."""
         self._folder, self._scaling, self._lock = folder, scaling, threading.Lock()
         self._run = Run(folder, scaling)
         self.others, self.read_only, self.links = tuple(others), read_only, links or Links()
