@@ -79,7 +79,7 @@ def _decoder(backend: Any) -> Decode:
         return decoders.WordPiece(prefix=model["continuing_subword_prefix"], cleanup=False).decode
     if model.get("end_of_word_suffix"):
         return decoders.BPEDecoder(suffix=model["end_of_word_suffix"]).decode
-    steps = [decoders.ByteFallback()] if model.get("byte_fallback") else []
+    steps: list[Any] = [decoders.ByteFallback()] if model.get("byte_fallback") else []
     written = _written(backend, "a b")
     if _SPACE in "".join(written):
         steps = [decoders.Replace(_SPACE, " "), *steps]
