@@ -167,6 +167,28 @@ def test_chats_become_tokens_by_the_tokenizers_template(tmp_path: Path) -> None:
     assert set(found["train"].document_hashes) <= even
 
 
+def test_a_template_that_takes_parts_is_given_parts_and_one_that_takes_neither_is_named(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    system = {"role": "system", "content": "be kind"}
+    rows = [{"messages": [system, {"role": "user", "content": text}]} for text in tiny_texts(60)]
+    corpus = jsonl(tmp_path / "a.jsonl", rows)
+    tokenizer.chat_template = TEMPLATE
+    plain, _ = split(corpus, tokenizer)
+    in_parts = TEMPLATE.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}")
+    assert in_parts != TEMPLATE
+    tokenizer.chat_template = in_parts
+    found, facts = split(corpus, tokenizer)
+    assert found["train"].tokens.equal(plain["train"].tokens) and not facts["skipped"]
+    for template, reason in (
+        ("{% for m in messages %}<s>{{ m.role }}</s>{% endfor %}", "it leaves out what is said"),
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x", "no system role"),
+        ("{% for %}", "Expected"),
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match=rf"chats are refused by the chat template \(.*{reason}.*\); give chats"):
+            split(corpus, tokenizer)
+
+
 def test_token_ids_are_used_as_they_are_and_checked(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).integers(0, len(TOKENIZER), (60, 9)).tolist()
     corpus = jsonl(tmp_path / "a.jsonl", [{"input_ids": row, "n": 1} for row in [*rows, []]])

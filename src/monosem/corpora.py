@@ -103,6 +103,8 @@ class Reader:
         self.kind: str | None = None
         self.n_rows = 0
         self.skipped: Counter[str] = Counter()
+        self.reason = ""
+        """Why the chat template refused a chat, the last that it did."""
         self._lacking = ""
         self._has_columns = False
 
