@@ -203,6 +203,8 @@ DAMAGES: dict[str, tuple[str, Any, str]] = {
         config(intermediate_size=65),
         r"mlp\.down_proj\.weight is \[\d+, \d+\] in its safetensors, but \[\d+, 65\] by its config",
     ),
+    "no layers": ("config.json", config(num_hidden_layers=-1), "its config gives it -1 layers"),
+    "no numbers": ("config.json", config(rms_norm_eps=-1e9), "forward pass gives values that are not finite"),
     "what is announced": ("config.json", config(hidden_size=33), "validate_architecture': .*hidden size"),
     "config of another type": ("config.json", config(hidden_size="wide"), "cannot load"),
     "heads that do not divide": ("config.json", config(num_attention_heads=0), "cannot load"),

@@ -433,6 +433,9 @@ def test_settings_that_change_results_are_refused_by_name(settings: dict[str, An
     module.cfg = SimpleNamespace(**settings)  # type: ignore[assignment]
     with pytest.raises(ValueError, match=next(iter(settings))):
         convert.wrap(module, D_MODEL, k=K)
+    module.cfg = settings  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        convert.wrap(module, D_MODEL, k=K)
     module.cfg = SimpleNamespace(**dict.fromkeys(settings), normalize_decoder=True, multi_topk=True)  # type: ignore[assignment]
     convert.wrap(module, D_MODEL, k=K)
 

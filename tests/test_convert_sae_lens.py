@@ -163,6 +163,10 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         (tmp_path / "cfg.json").write_text(text)
         with pytest.raises(ValueError, match=r"holds no autoencoder|is no object"):
             convert.load_sae_lens(tmp_path)
+        with pytest.raises(ValueError, match=r"cfg\.json"):  # what is not of our making is not replaced
+            convert.save_sae_lens(autoencoder("topk"), tmp_path)
+        assert (tmp_path / "cfg.json").read_text() == text
+    (tmp_path / "cfg.json").unlink()
     saved_as(tmp_path, "topk")
     tensors = load_file(tmp_path / "sae_weights.safetensors")
     for changes, told in (

@@ -92,6 +92,8 @@ def wrap(
 def _check_settings(module: nn.Module, normalize: Normalize | None) -> None:
     """`ValueError` for what a module's settings do beside `encode` and `decode`, as far as they tell."""
     cfg, name = getattr(module, "cfg", None), type(module).__name__
+    if isinstance(cfg, Mapping):
+        cfg = SimpleNamespace(**{str(key): value for key, value in cfg.items()})
     kind = getattr(cfg, "normalize_activations", None)
     if kind in _PUT_BACK:
         raise ValueError(
@@ -397,7 +399,10 @@ def save_sae_lens(
 
 
 def _is_sae_lens(path: Path) -> bool:
-    found = artifacts.read_json(path)
+    try:
+        found = artifacts.read_json(path)
+    except ValueError:
+        return False
     return isinstance(found, dict) and {"architecture", "d_in", "d_sae"} <= found.keys()
 
 
@@ -486,9 +491,7 @@ def _in_new_words(folder: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     if cfg.get("architecture") == "topk":
         told = [k for k in (cfg.get("k"), options.get("k")) if k is not None]
         if told[1:] and told[0] != told[1]:
-            raise ValueError(
-                f"{folder} has k {told[0]!r} and, in activation_fn_kwargs, k {told[1]!r}; keep the right one"
-            )
+            raise ValueError(f"{folder} has k {told[0]!r}, but in activation_fn_kwargs {told[1]!r}; keep the right one")
         cfg["k"] = next(iter(told), None)
     return cfg
 

@@ -66,6 +66,8 @@ def load_module(name: str, folder: Path, dtype: str) -> tuple[nn.Module, Any]:
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     with _readable(name, folder), _no_progress_bars():
         config = transformers.AutoConfig.from_pretrained(folder, **options)
+        if (n_layers := getattr(config.get_text_config(), "num_hidden_layers", 1)) < 1:
+            raise ValueError(f"its config gives it {n_layers} layers")
         loader, extra = _loader(config)
         module, report = loader.from_pretrained(
             folder,
@@ -137,7 +139,7 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 
 def _check_reads_tokens(module: Any) -> None:
-    """`ValueError` unless the model embeds token ids, and runs on nothing else."""
+    """`ValueError` unless the model embeds token ids, and its forward pass gives numbers for them alone."""
     try:
         embeddings = module.get_input_embeddings()
     except NotImplementedError:
@@ -146,9 +148,11 @@ def _check_reads_tokens(module: Any) -> None:
         raise ValueError(f"{type(module).__name__} has no embedding of tokens; give a model of text")
     try:
         with torch.inference_mode():
-            module(torch.zeros(1, 2, dtype=torch.long))
+            found = module(torch.zeros(1, 2, dtype=torch.long))[0]
     except Exception as error:  # sizes in its config that do not fit together end in any exception
         raise ValueError(f"its forward pass fails: {_reason(error)}") from error
+    if isinstance(found, torch.Tensor) and not _finite(found):
+        raise ValueError("its forward pass gives values that are not finite")
 
 
 def load_tokenizer(name: str, folder: Path) -> Any:
