@@ -32,10 +32,12 @@ from benchmarks import report
 from monosem import artifacts
 from monosem.explained import KIND
 from monosem.explanations import words
+from monosem.explanations.store import ColumnWriter
 
 CONTEXT, N_CONTEXTS, N_TOKENS, VOCABULARY = 64, 100_000, 1_000_000, 50_000
 NORMALIZATION = {"kind": "per-token mean and unbiased std over d_model", "epsilon": 1e-5}
 SUBJECT, LAYER, D_MODEL = "smollm2-135m-instruct-q4_1", 22, 576
+SITE = {"model": SUBJECT, "revision": None, "layer": LAYER, "location": "resid_post_mlp"}
 TEXT = "When the mice are at rest, the cat sleeps in the warm kitchen; the dog waits at the door for"
 EXAMPLES = {"top": 20, "random": 10, "quantile": 20}
 N_EACH = 30
@@ -81,12 +83,11 @@ def make_run(run: Path, n: int, n_contexts: int = N_CONTEXTS) -> None:
     rng = np.random.default_rng(0)
     config = {"d_model": D_MODEL, "n_latents": n, "k": 32, "activation": "topk"}
     make_autoencoder(run / "autoencoder", config, rng)
-    columns: dict[str, dict[str, object]] = {}
+    writer = ColumnWriter(run / "explain")
+    writer.part = "made up"
 
     def column(name: str, array: np.ndarray) -> None:
-        (run / "explain").mkdir(exist_ok=True)
-        np.save(run / "explain" / f"{name}.npy", array)
-        columns[name] = {"dtype": str(array.dtype), "shape": list(array.shape), "meaning": name, "part": "made up"}
+        writer.write(name, array, name)
 
     for name in ("density", "max", "mean", "mean_square", "skew", "kurtosis", "n2g_recall", "n2g_precision"):
         column(name, rng.lognormal(-7 if name == "density" else 1, 1.5, n).clip(0, 99).astype(np.float32))
@@ -108,10 +109,32 @@ def make_run(run: Path, n: int, n_contexts: int = N_CONTEXTS) -> None:
         column(f"lens_{side}_values", rng.random((n, 10), dtype=np.float32))
     artifacts.write_json(run / "explain/vocabulary.json", [f" w{i}" for i in range(VOCABULARY)])
     words.write(run / "explain", n, {i: [((i % VOCABULARY, -1, 7), 1.5), ((3,), 0.5)] for i in range(0, n, 8)})
-    facts = {"n_tokens": N_TOKENS, "context_length": CONTEXT, "first_position": 1, "n_quantile_bands": 4}
-    computed = {part: {"n_latents": n} for part in ("weights", "activations", "n2g", "words")}
-    manifest = artifacts.manifest(KIND, {}, {"store": "none"}, **config, **facts, computed=computed, columns=columns)
-    artifacts.write_json(run / "explain/manifest.json", manifest)
+    for name in ("vocabulary.json", words.FILE):
+        writer.keep(name)
+    facts: dict[str, Any] = {
+        "subject": SUBJECT,
+        "site": SITE,
+        "n_tokens": N_TOKENS,
+        "n_contexts": n_contexts,
+        "context_length": CONTEXT,
+        "first_position": 1,
+        "n_quantile_bands": 4,
+        "probe_tasks": [],
+        "columns": writer.columns,
+        "files": writer.files,
+        "computed": {
+            part: {"n_latents": n, "seconds": 0.0, "of": {}} for part in ("weights", "activations", "n2g", "words")
+        },
+        "failed": {},
+    }
+    write_manifest(run, {**config, **facts})
+
+
+def write_manifest(run: Path, facts: dict[str, Any]) -> None:
+    """The manifest of an explanation with these facts, of the run's autoencoder."""
+    sources = {"autoencoder": artifacts.sha256_file(run / "autoencoder/config.json"), "store": "none"}
+    settings = {"n_tokens": N_TOKENS, "n2g": 0, "ablations": 0, "seed": 0}
+    artifacts.write_json(run / "explain/manifest.json", artifacts.manifest(KIND, settings, sources, **facts))
 
 
 def make_autoencoder(folder: Path, config: dict[str, Any], rng: np.random.Generator) -> None:
@@ -123,8 +146,7 @@ def make_autoencoder(folder: Path, config: dict[str, Any], rng: np.random.Genera
     folder.mkdir(parents=True)
     save_file({"encoder": decoder, "decoder": decoder.copy(), **bias}, folder / "autoencoder.safetensors")
     sha256 = artifacts.sha256_file(folder / "autoencoder.safetensors")
-    site = {"model": SUBJECT, "revision": None, "layer": LAYER, "location": "resid_post_mlp"}
-    facts = {"normalization": NORMALIZATION, "weights_sha256": sha256, "provenance": {"site": site, "subject": SUBJECT}}
+    facts = {"normalization": NORMALIZATION, "weights_sha256": sha256, "provenance": {"site": SITE, "subject": SUBJECT}}
     artifacts.write_json(folder / "config.json", artifacts.manifest("autoencoder", config, {}, **facts))
 
 
@@ -133,6 +155,9 @@ def make_other(run: Path, other: Path) -> None:
     shutil.copytree(run / "explain", other / "explain", copy_function=os.link)
     config = artifacts.read_json(run / "autoencoder/config.json")["config"]
     make_autoencoder(other / "autoencoder", config, np.random.default_rng(1))
+    explained = artifacts.read_json(run / "explain/manifest.json")
+    usual = {"kind", "format", "config", "sources", "versions", "seal"}
+    write_manifest(other, {name: value for name, value in explained.items() if name not in usual})
 
 
 def measure(run: Path, n: int, subject: str) -> dict[str, Any]:

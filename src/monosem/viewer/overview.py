@@ -101,7 +101,7 @@ def latent_map(run: Run, colour: str | None) -> dict[str, Any]:
     """
     density, largest = run.column("density"), run.column("max")
     if density is None or largest is None:
-        raise ValueError(f"density and max were not computed; {run.command('activations')}")
+        raise ValueError(run.trouble or f"density and max were not computed; {run.command('activations')}")
     here = (density > 0) & (largest > 0)
     x, y = np.log10(density[here]), np.log10(largest[here])
     if not len(x):
