@@ -279,9 +279,11 @@ def test_two_things_in_one_folder_are_refused(made: Path, tiny_corpus: Path, tmp
 
 
 def test_serve_looks_at_its_folders_before_it_listens(made: Path, tmp_path: Path) -> None:
-    for name, said in (("scaling", "holds no scaling.json"), ("model", "is no folder, .gguf file or hub id")):
-        with pytest.raises(ValueError, match=said):
-            server.serve(ServeConfig(str(made / "run"), **{name: str(tmp_path)[:-1] + "/no/where"}))
+    run, nowhere = str(made / "run"), str(tmp_path / "no/where")
+    with pytest.raises(ValueError, match=r"holds no scaling.json"):
+        server.serve(ServeConfig(run, scaling=nowhere))
+    with pytest.raises(ValueError, match=r"is no folder, .gguf file or hub id"):
+        server.serve(ServeConfig(run, model=nowhere))
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
