@@ -198,7 +198,14 @@ def shards(names: dict[str, str]) -> Any:
 NESTED = b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 INDEX = "model.safetensors.index.json"
 DAMAGES: dict[str, tuple[str, Any, str]] = {
-    "shapes": ("config.json", config(intermediate_size=65), "cannot load"),
+    "shapes": (
+        "config.json",
+        config(intermediate_size=65),
+        r"mlp\.down_proj\.weight is \[\d+, \d+\] in its safetensors, but \[\d+, 65\] by its config",
+    ),
+    "no layers": ("config.json", config(num_hidden_layers=-1), "its config gives it -1 layers"),
+    "no numbers": ("config.json", config(rms_norm_eps=-1e9), "forward pass gives values that are not finite"),
+    "what is announced": ("config.json", config(hidden_size=33), "validate_architecture': .*hidden size"),
     "config of another type": ("config.json", config(hidden_size="wide"), "cannot load"),
     "heads that do not divide": ("config.json", config(num_attention_heads=0), "cannot load"),
     "config a list": ("config.json", lambda _: b"[1, 2]", "cannot load"),
@@ -227,6 +234,21 @@ def test_a_damaged_model_is_refused_in_a_line(tmp_path: Path, damage: str) -> No
     with pytest.raises(ValueError, match=told) as raised:
         Subject.load(str(folder))
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 800
+
+
+def test_a_model_whose_forward_fails_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
+    """Its weights have the shapes that its config gives, but heads that do not fit together."""
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    models = {
+        "llama": hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=3)),
+        "qwen2": hf.Qwen2ForCausalLM(hf.Qwen2Config(**sizes, num_attention_heads=8, num_key_value_heads=5)),
+    }
+    for name, model in models.items():
+        folder = tiny_lm(tmp_path / name)
+        model.save_pretrained(folder)
+        with pytest.raises(ValueError, match=f"cannot load {name} from .*its forward pass fails: .*size") as raised:
+            Subject.load(str(folder))
+        assert "\n" not in str(raised.value)
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -345,8 +345,42 @@ def test_the_papers_own_module_and_its_state_dict(normalizes: bool, size: float)
 
 
 def test_statistics_that_are_not_ours_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"another reconstruction .* statistics of monosem\.model\.normalize"):
-        convert.wrap(PaperLike(epsilon=0.5), D_MODEL)
+    for dtype in (torch.float32, torch.float16):
+        with pytest.raises(ValueError, match=r"another reconstruction .* statistics of monosem\.model\.normalize"):
+            convert.wrap(PaperLike(epsilon=0.5).to(dtype), D_MODEL)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_choice_among_nearly_equal_latents_may_be_rounded_otherwise(dtype: torch.dtype) -> None:
+    """Every latent has a near twin, so rounding decides which of the two is among the k."""
+    module = PaperLike()
+    half = N_LATENTS // 2
+    module.encoder.weight.data[half:] = module.encoder.weight.data[:half] * (1 + 1e-4)
+    module.latent_bias.data[:] = 0
+    autoencoder = convert.wrap(module.to(dtype), D_MODEL)
+    assert autoencoder.config.k == K and autoencoder.tells_pre_activations
+
+
+def test_the_papers_module_is_judged_by_its_forward_too() -> None:
+    class SkippingPaper(PaperLike):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            pre, latents, recons = super().forward(x)
+            return pre, latents, recons + 0.2 * x
+
+    for normalizes in (True, False):
+        with pytest.raises(ValueError, match="forward of SkippingPaper gives another reconstruction"):
+            convert.wrap(SkippingPaper(normalizes), D_MODEL)
+    leaky = PaperLike()
+    leaky.activation = nn.LeakyReLU()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="encode of PaperLike gives negative activations"):
+        convert.wrap(leaky, D_MODEL)
+
+
+def test_a_decoder_of_long_rows_is_read_within_float16() -> None:
+    module = SaeLensLike()
+    module.W_dec.data *= 20_000
+    wrapped = convert.wrap(module.half(), D_MODEL, k=K)
+    torch.testing.assert_close(wrapped.weights.decoder, module.W_dec.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -397,6 +431,9 @@ def test_a_forward_that_does_more_is_refused_and_one_that_does_not_is_taken() ->
 def test_settings_that_change_results_are_refused_by_name(settings: dict[str, Any]) -> None:
     module = SaeLensLike()
     module.cfg = SimpleNamespace(**settings)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        convert.wrap(module, D_MODEL, k=K)
+    module.cfg = settings  # type: ignore[assignment]
     with pytest.raises(ValueError, match=next(iter(settings))):
         convert.wrap(module, D_MODEL, k=K)
     module.cfg = SimpleNamespace(**dict.fromkeys(settings), normalize_decoder=True, multi_topk=True)  # type: ignore[assignment]

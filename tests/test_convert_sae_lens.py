@@ -108,6 +108,7 @@ def test_older_words_for_the_same_are_read(tmp_path: Path) -> None:
             {"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}, "k": None},
         ),
         ("topk", {"activation_fn": "topk"}),
+        ("topk", {"activation_fn_kwargs": {"k": K}, "k": None}),
         ("relu", {"activation_fn_str": "relu", **OLD}),
         ("jumprelu", {"activation_fn_str": "relu", **OLD}),
     ):
@@ -128,7 +129,12 @@ def test_older_words_for_the_same_are_read(tmp_path: Path) -> None:
     ("fields", "told"),
     [
         ({"activation_fn_str": "tanh-relu"}, "activation function 'tanh-relu'"),
-        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K, "groups": 4}}, "known: groups"),
+        (
+            {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K, "groups": 4}},
+            "'groups': 4}; known is a k alone",
+        ),
+        ({"activation_fn_kwargs": [1]}, r"activation_fn_kwargs \[1\]; known is a k alone"),
+        ({"activation_fn_kwargs": {"k": K + 1}}, f"has k {K}, but in activation_fn_kwargs {K + 1}"),
         ({"activation_fn_str": "relu"}, "activation function 'relu' and architecture 'topk'"),
         ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor of .* is True"),
         ({"hook_head_index": 3}, "hook_head_index of .* is 3"),
@@ -157,6 +163,10 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         (tmp_path / "cfg.json").write_text(text)
         with pytest.raises(ValueError, match=r"holds no autoencoder|is no object"):
             convert.load_sae_lens(tmp_path)
+        with pytest.raises(ValueError, match=r"cfg\.json"):  # what is not of our making is not replaced
+            convert.save_sae_lens(autoencoder("topk"), tmp_path)
+        assert (tmp_path / "cfg.json").read_text() == text
+    (tmp_path / "cfg.json").unlink()
     saved_as(tmp_path, "topk")
     tensors = load_file(tmp_path / "sae_weights.safetensors")
     for changes, told in (

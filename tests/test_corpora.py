@@ -129,6 +129,18 @@ def test_a_chat_is_one_document_in_every_form(tmp_path: Path) -> None:
     assert read(pair)[0] == [Document("2 + 2 = 4")]
 
 
+def test_lists_that_a_table_holds_as_json_are_lists(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "the sea?"}, {"role": "assistant", "content": "yes"}]
+    for column, value in (("messages", chat), ("conversations", chat), ("input_ids", [5, 6]), ("tokens", [7])):
+        with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([[column], [json.dumps(value)]])
+        assert read(str(tmp_path / "a.csv"))[0] == [document_of(value)]
+        assert read(jsonl(tmp_path / "a.jsonl", [{column: json.dumps(value)}]))[0] == [document_of(value)]
+    for text in ("[not JSON", "[" * 100_000, '{"a": 1}'):  # a text that begins like one
+        assert read(jsonl(tmp_path / "a.jsonl", [{"messages": text}]))[0] == [Document(text)]
+    assert read(jsonl(tmp_path / "a.jsonl", [{"text": "[1, 2]"}]))[0] == [Document("[1, 2]")]
+
+
 def test_chats_become_tokens_by_the_tokenizers_template(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     said = [text[: 60 + i % 2] for i, text in enumerate(tiny_texts(60))]
@@ -153,6 +165,28 @@ def test_chats_become_tokens_by_the_tokenizers_template(tmp_path: Path) -> None:
     assert facts["skipped"]["refused by the chat template"] > 0
     even = {name for name, text in zip(names, said, strict=True) if len(text) % 2 == 0}
     assert set(found["train"].document_hashes) <= even
+
+
+def test_a_template_that_takes_parts_is_given_parts_and_one_that_takes_neither_is_named(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    system = {"role": "system", "content": "be kind"}
+    rows = [{"messages": [system, {"role": "user", "content": text}]} for text in tiny_texts(60)]
+    corpus = jsonl(tmp_path / "a.jsonl", rows)
+    tokenizer.chat_template = TEMPLATE
+    plain, _ = split(corpus, tokenizer)
+    in_parts = TEMPLATE.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}")
+    assert in_parts != TEMPLATE
+    tokenizer.chat_template = in_parts
+    found, facts = split(corpus, tokenizer)
+    assert found["train"].tokens.equal(plain["train"].tokens) and not facts["skipped"]
+    for template, reason in (
+        ("{% for m in messages %}<s>{{ m.role }}</s>{% endfor %}", "it leaves out what is said"),
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x", "no system role"),
+        ("{% for %}", "Expected"),
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match=rf"chats are refused by the chat template \(.*{reason}.*\); give chats"):
+            split(corpus, tokenizer)
 
 
 def test_token_ids_are_used_as_they_are_and_checked(tmp_path: Path) -> None:

@@ -130,6 +130,23 @@ def test_added_and_control_tokens_are_shown_by_their_name() -> None:
         assert found[tokenizer.all_special_ids[0]] == tokenizer.all_special_tokens[0]
 
 
+def test_pieces_that_hold_spaces_are_shown_as_they_are_without_a_decoder() -> None:
+    """No pre-tokenizer takes the spaces away; one that writes them as SentencePiece does, without Metaspace."""
+    text = "the sea\nstone caf\u00e9"
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], show_progress=False)
+    plain = Tokenizer(models.BPE(unk_token="<unk>"))
+    plain.train_from_iterator([text] * 3, trainer)
+    marked = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    marked.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    names = ["<unk>", *(f"<0x{i:02X}>" for i in range(256))]
+    marked.train_from_iterator(["the sea stone"], trainers.BpeTrainer(special_tokens=names, show_progress=False))
+    for backend, expected in ((plain, text), (marked, " the sea\nstone caf\N{REPLACEMENT CHARACTER}" + "\ufffd")):
+        assert backend.decoder is None
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+        found = shown(tokenizer)
+        assert "".join(found[i] for i in tokenizer(text, add_special_tokens=False)["input_ids"]) == expected
+
+
 def test_ids_that_no_token_has_are_empty() -> None:
     tokenizer = tiny_tokenizer()
     found = pieces(tokenizer, len(tokenizer) + 5)
@@ -145,6 +162,13 @@ def test_a_tokenizer_without_a_decoder_or_a_backend() -> None:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     plain = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
     assert shown(plain) == ["[UNK]", " sea", " stone"]
+    for kind in ("unigram", "wordpiece", "end of word", "byte-fallback"):
+        bare = KINDS[kind]()
+        expected = shown(bare)
+        bare.backend_tokenizer.decoder = None
+        texts = shown(bare)
+        assert [text.strip() for text in texts] == [text.strip() for text in expected], kind
+        assert not any(mark in text for text in texts for mark in ("\u2581", "</w>", "<0x"))
     slow = ByT5Tokenizer()
     assert getattr(slow, "backend_tokenizer", None) is None
     ids = slow("sea\nstone", add_special_tokens=False)["input_ids"]

@@ -17,7 +17,6 @@ known is refused by its name.
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -93,6 +92,8 @@ def wrap(
 def _check_settings(module: nn.Module, normalize: Normalize | None) -> None:
     """`ValueError` for what a module's settings do beside `encode` and `decode`, as far as they tell."""
     cfg, name = getattr(module, "cfg", None), type(module).__name__
+    if isinstance(cfg, Mapping):
+        cfg = SimpleNamespace(**{str(key): value for key, value in cfg.items()})
     kind = getattr(cfg, "normalize_activations", None)
     if kind in _PUT_BACK:
         raise ValueError(
@@ -132,15 +133,26 @@ class _Paired(nn.Module):
 def _check_forward(module: nn.Module, wrapped: Wrapped, normalizes: bool) -> None:
     """`ValueError` where the module's own reconstruction of random tokens is another than ours.
 
-    Its forward gives one alone, as `sae_out`, or among others; a module without forward is not asked.
+    Its forward gives one alone, as `sae_out`, or among others; a module without forward is not asked. One that
+    normalises is compared part by part: which of two nearly equal latents is among the k largest may change where a
+    token is rounded in another place, but not the values in order, nor what the same latents decode to.
     """
     name, x = type(module).__name__, _probe(wrapped.weights.pre_bias).to(**_place(module))
+
+    def close(a: Tensor, b: Tensor) -> bool:
+        return bool((a.float() - b.float()).norm() <= _tolerance(module) * (a.float().norm() + b.float().norm()))
+
     with torch.no_grad():
-        own, ours = _own_reconstructions(module, x), wrapped(x) if normalizes else wrapped.decode(wrapped.encode(x))
-        if wrapped.module is not module:
-            own.append(module.decode(*module.encode(x)))  # type: ignore[operator]
-    told, ours = [t.float() for t in own if t.shape == x.shape], ours.float()
-    if told and not any((t - ours).norm() <= _tolerance(module) * (t.norm() + ours.norm()) for t in told):
+        own = [t for t in _own_reconstructions(module, x) if t.shape == x.shape]
+        if normalizes:
+            z, info = module.encode(x)  # type: ignore[operator]
+            read, stats = wrapped.normalize(x)
+            values = wrapped.encode(read).values
+            ours = denormalize(z.float() @ wrapped.weights.decoder + wrapped.weights.pre_bias, stats)
+            same = close(z.float().topk(values.shape[1]).values, values) and close(module.decode(z, info), ours)  # type: ignore[operator]
+        else:
+            ours, same = wrapped.decode(wrapped.encode(x)), True
+    if not same or (own and not any(close(t, ours) for t in own)):
         raise ValueError(
             f"forward of {name} gives another reconstruction than its decode of its encode"
             f"{', with the statistics of monosem.model.normalize' if normalizes else ''}; "
@@ -200,7 +212,7 @@ class Wrapped(Autoencoder):
         `ValueError` when one is negative, and for what only its pre-activations could tell where they are not known: a
         `threshold`, or a `k` above its own.
         """
-        name, own = type(self.module).__name__, self.config
+        name, own = _name(self.module), self.config
         if check_choice(own, k, threshold) and self.tells_pre_activations and (k is not None or threshold is not None):
             return super().encode(x, k=k, threshold=threshold)
         if threshold is not None:
@@ -223,7 +235,7 @@ class Wrapped(Autoencoder):
         return denormalize(recons, stats).to(raw.dtype)
 
     def save(self, folder: str | Path) -> None:
-        raise ValueError(f"a wrapped {type(self.module).__name__} cannot be saved; save it with its own library")
+        raise ValueError(f"a wrapped {_name(self.module)} cannot be saved; save it with its own library")
 
 
 _HOOKS = {
@@ -387,7 +399,10 @@ def save_sae_lens(
 
 
 def _is_sae_lens(path: Path) -> bool:
-    found = artifacts.read_json(path)
+    try:
+        found = artifacts.read_json(path)
+    except ValueError:
+        return False
     return isinstance(found, dict) and {"architecture", "d_in", "d_sae"} <= found.keys()
 
 
@@ -400,9 +415,9 @@ def load_sae_lens(folder: str | Path) -> Wrapped:
     """
     folder = Path(folder)
     try:
-        cfg = json.loads((folder / _SAE_LENS_CONFIG).read_text("utf-8"))
+        cfg = artifacts.read_json(folder / _SAE_LENS_CONFIG)
         tensors = {name: t.float() for name, t in load_file(folder / _SAE_LENS_WEIGHTS).items()}
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no autoencoder of SAELens ({error}); give a folder it saved one in") from None
     if not isinstance(cfg, dict):
         raise ValueError(f"{folder / _SAE_LENS_CONFIG} is no object; give a folder that SAELens saved one in")
@@ -461,19 +476,23 @@ def _in_new_words(folder: Path, cfg: dict[str, Any]) -> dict[str, Any]:
     }
     absent |= {"finetuning_scaling_factor": False, "hook_head_index": None, "use_error_term": False}
     cfg = {**absent, "rescale_acts_by_decoder_norm": False, **cfg}
+    options = cfg.get("activation_fn_kwargs") or {}
+    if not isinstance(options, dict) or options.keys() - {"k"}:
+        raise ValueError(f"{folder} has activation_fn_kwargs {options!r}; known is a k alone")
     names = [cfg.pop(name) for name in ("activation_fn_str", "activation_fn") if name in cfg]
     for name in names:
         if name == "topk" and cfg.get("architecture") in ("standard", "topk"):
-            options = cfg.get("activation_fn_kwargs")
-            k = options.get("k", cfg.get("k")) if isinstance(options, dict) else cfg.get("k")
-            cfg |= {"architecture": "topk", "k": k}
+            cfg["architecture"] = "topk"
         elif name not in (None, "relu") or cfg.get("architecture") == "topk":
             raise ValueError(
                 f"{folder} has activation function {name!r} and architecture {cfg.get('architecture')!r}; load it with "
                 f"SAELens {SAE_LENS_FORMAT} or later, and wrap that"
             )
-    if unknown := sorted((cfg.get("activation_fn_kwargs") or {}).keys() - {"k"}):
-        raise ValueError(f"{folder} has activation_fn_kwargs that are not known: {', '.join(unknown)}")
+    if cfg.get("architecture") == "topk":
+        told = [k for k in (cfg.get("k"), options.get("k")) if k is not None]
+        if told[1:] and told[0] != told[1]:
+            raise ValueError(f"{folder} has k {told[0]!r}, but in activation_fn_kwargs {told[1]!r}; keep the right one")
+        cfg["k"] = next(iter(told), None)
     return cfg
 
 
@@ -598,7 +617,7 @@ def _sparse(module: nn.Module, x: Tensor, n_latents: int) -> tuple[Tensor, Tenso
     values, indices = (found.top_acts, found.top_indices.long()) if hasattr(found, "top_acts") else (found, None)
     values = values.float()
     if bool((values < 0).any()):
-        raise ValueError(f"encode of {type(module).__name__} gives negative activations; ours are >= 0")
+        raise ValueError(f"encode of {_name(module)} gives negative activations; ours are >= 0")
     top = values.topk(max(1, int((values > 0).sum(1).max())), dim=1)
     return top.indices if indices is None else indices.gather(1, top.indices), top.values
 
@@ -630,10 +649,18 @@ def _encoder(module: nn.Module, decoder: Tensor, pre_bias: Tensor) -> tuple[Tens
     return fitting or (torch.full_like(decoder, torch.nan), torch.full_like(zeros, torch.nan))
 
 
+def _given(module: nn.Module) -> nn.Module:
+    """The module that was given."""
+    return module.module if isinstance(module, _Paired) else module
+
+
+def _name(module: nn.Module) -> str:
+    return type(_given(module)).__name__
+
+
 def _parameters(module: nn.Module) -> dict[str, Tensor]:
     """By the names that they have in the module that was given."""
-    own = module.module if isinstance(module, _Paired) else module
-    return {name: p.detach().float() for name, p in own.named_parameters()}
+    return {name: p.detach().float() for name, p in _given(module).named_parameters()}
 
 
 def _tolerance(module: nn.Module) -> float:
@@ -663,13 +690,13 @@ def _affine_decoder(module: nn.Module, n_latents: int, by_index: bool) -> tuple[
     limit = _tolerance(module)
     n_several = min(8, n_latents)
     some = every[:: max(1, n_latents // n_several)][:n_several].T.contiguous()
-    values = torch.arange(1, some.shape[1] + 1, **place)[None]
+    values = torch.arange(1, some.shape[1] + 1, **place)[None] / some.shape[1]  # small: float16 ends at 65,504
     expected = torch_sparse.decode(
         SparseLatents(some, values.float(), n_latents), Weights(decoder, decoder[:, 0], decoder, pre_bias)
     )
     if not torch.allclose(decode(some, values), expected, rtol=limit, atol=limit * float(expected.abs().max())):
         raise ValueError(
-            f"decode of {type(module).__name__} is not a weighted sum of directions and a bias; turn off "
+            f"decode of {_name(module)} is not a weighted sum of directions and a bias; turn off "
             "what it does besides, such as a normalisation that it takes back, and give it as normalize"
         )
     return decoder, pre_bias

@@ -68,6 +68,7 @@ _PAIR = ("prompt", "completion")
 _BOTH = "+".join(_PAIR)
 COLUMNS = ("text", "messages", "conversations", _BOTH, "input_ids", "tokens")
 """Which is taken where none is named: the first that has something. The pair is one text, or one chat."""
+_LISTS = ("messages", "conversations", "input_ids", "tokens")
 _CHARS_PER_ID = 4
 _ROLES = {"human": "user", "gpt": "assistant"}
 """What ShareGPT calls them."""
@@ -102,6 +103,8 @@ class Reader:
         self.kind: str | None = None
         self.n_rows = 0
         self.skipped: Counter[str] = Counter()
+        self.reason = ""
+        """Why the chat template refused a chat, the last that it did."""
         self._lacking = ""
         self._has_columns = False
 
@@ -216,10 +219,21 @@ def _has(row: dict[str, Any], column: str) -> bool:
 
 def _cell(row: dict[str, Any], column: str) -> Any:
     """What a row has in a column, or in both of the pair, joined; None when it has nothing there."""
+    if column in _LISTS and isinstance(row[column], str):
+        return _listed(row[column])
     if column != _BOTH:
         return row[column]
     prompt, completion = (row[name] for name in _PAIR)
     return prompt + completion if type(prompt) is type(completion) and isinstance(prompt, str | list) else None
+
+
+def _listed(written: str) -> Any:
+    """The list that a cell holds as JSON, as tables without types have it; else the cell."""
+    try:
+        found = json.loads(written) if written.lstrip().startswith("[") else None
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, list) else written
 
 
 def document_of(value: Any) -> Document | None:

@@ -66,6 +66,8 @@ def load_module(name: str, folder: Path, dtype: str) -> tuple[nn.Module, Any]:
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     with _readable(name, folder), _no_progress_bars():
         config = transformers.AutoConfig.from_pretrained(folder, **options)
+        if (n_layers := getattr(config.get_text_config(), "num_hidden_layers", 1)) < 1:
+            raise ValueError(f"its config gives it {n_layers} layers")
         loader, extra = _loader(config)
         module, report = loader.from_pretrained(
             folder,
@@ -73,9 +75,13 @@ def load_module(name: str, folder: Path, dtype: str) -> tuple[nn.Module, Any]:
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # otherwise its message does not say which
             **options,
             **extra,
         )
+        if other := sorted(map(tuple, report["mismatched_keys"])):
+            key, stored, asked = other[0]
+            raise ValueError(f"{key} is {list(stored)} in its safetensors, but {list(asked)} by its config")
         missing = sorted(key for key in report["missing_keys"] if not key.startswith(_POOLER))
         if missing:
             raise ValueError(f"its safetensors lack {', '.join(missing[:3])}")
@@ -133,16 +139,20 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 
 def _check_reads_tokens(module: Any) -> None:
-    """`ValueError` unless the model embeds token ids, and runs on nothing else."""
+    """`ValueError` unless the model embeds token ids, and its forward pass gives numbers for them alone."""
     try:
         embeddings = module.get_input_embeddings()
     except NotImplementedError:
         embeddings = None
     if not isinstance(getattr(embeddings, "num_embeddings", None), int):
         raise ValueError(f"{type(module).__name__} has no embedding of tokens; give a model of text")
-    if not module.can_generate():
+    try:
         with torch.inference_mode():
-            module(torch.zeros(1, 2, dtype=torch.long))
+            found = module(torch.zeros(1, 2, dtype=torch.long))[0]
+    except Exception as error:  # sizes in its config that do not fit together end in any exception
+        raise ValueError(f"its forward pass fails: {_reason(error)}") from error
+    if isinstance(found, torch.Tensor) and not _finite(found):
+        raise ValueError("its forward pass gives values that are not finite")
 
 
 def load_tokenizer(name: str, folder: Path) -> Any:
@@ -274,11 +284,16 @@ def _readable(name: str, path: Path) -> Iterator[None]:
         damaged = isinstance(error, Exception) and not isinstance(error, MemoryError)
         if not damaged and type(error).__name__ != "PanicException":
             raise
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(
-            f"cannot load {name} from {path} ({reason[:300]}); give a complete model of a type that transformers "
+            f"cannot load {name} from {path} ({_reason(error)}); give a complete model of a type that transformers "
             f"knows without running code of its own, or one of {', '.join(resources.names('model'))}"
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of a message, and the next where that only announces it."""
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from monosem.textfiles import tidied
 
 log = logging.getLogger("monosem")
 
+_REFUSED = "refused by the chat template"
 SEPARATOR_POSITION = -1
 """Position, within its document, of the separator token that follows the document."""
 
@@ -317,18 +318,32 @@ def _tokens_of(tokenizer: Any, reader: Reader, batch: list[Document]) -> list[li
 
 
 def _rendered(tokenizer: Any, reader: Reader, chat: Document) -> str | None:
-    """The chat as the subject was trained to read it, by the tokenizer's template; None where that refuses it."""
+    """The chat as the subject was trained to read it, by the tokenizer's template; None where that refuses it.
+
+    A template made for pictures too takes a message's content as parts: one that leaves out all that is said is given
+    those, and refuses the chat if it leaves that out as well.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"corpus {reader.corpus} holds chats ({reader.column}), but the subject's tokenizer has no chat template; "
             "give a chat-tuned subject, or a column of text (text_column)"
         )
-    try:
-        return tidied(str(tokenizer.apply_chat_template(json.loads(chat.content), tokenize=False)))
-    except Exception as error:  # a template is a program of other people
-        log.debug("the chat template refuses a chat: %s", error)
-        reader.skip("refused by the chat template")
-        return None
+    messages = json.loads(chat.content)
+    words = [message["content"].split()[0] for message in messages if message["content"].strip()]
+    in_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    reasons = []
+    for said in (messages, in_parts):
+        try:
+            found = tidied(str(tokenizer.apply_chat_template(said, tokenize=False)))
+            if not words or any(word in found for word in words):
+                return found
+            reasons.append("it leaves out what is said")
+        except Exception as error:  # a template is a program of other people
+            reasons.append((str(error).strip().splitlines() or [type(error).__name__])[0][:200])
+    reader.reason = reasons[0]
+    log.debug("the chat template refuses a chat: %s", reader.reason)
+    reader.skip(_REFUSED)
+    return None
 
 
 def _too_small(
@@ -340,6 +355,11 @@ def _too_small(
         return ValueError(
             f"corpus {reader.corpus} has 0 {name} tokens: it is one document, which cannot be on both "
             f"sides of the split, and up to {FINE_CUT:,} characters are not cut; give more text"
+        )
+    if n_refused := reader.skipped[_REFUSED]:
+        return ValueError(
+            f"corpus {reader.corpus} has {found.n_tokens:,} {name} tokens of {found.wanted:,}: {n_refused:,} chats are "
+            f"{_REFUSED} ({reader.reason}); give chats that it takes, or a column of text (text_column)"
         )
     return ValueError(
         f"corpus {reader.corpus} has {found.n_tokens:,} {name} tokens, but {n_contexts:,} contexts of {context_length} "

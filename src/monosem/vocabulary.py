@@ -16,6 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 _BEFORE, _AFTER = "a", "b"
+_SPACE = "\u2581"
+"""What SentencePiece writes for a space."""
 
 Decode = Callable[[list[str]], str]
 
@@ -63,18 +65,36 @@ def _named(tokenizer: Any, backend: Any) -> dict[int, str]:
 
 
 def _decoder(backend: Any) -> Decode:
-    """The backend's decoder; for want of one, that of its pre-tokenizer, or spaces between tokens, as it then has."""
+    """The backend's decoder; for want of one, what undoes its normalizer, pre-tokenizer and model."""
     from tokenizers import decoders
 
     if backend.decoder is not None:
         return backend.decoder.decode
     definition = json.loads(backend.to_str())
+    model = definition["model"]
     kinds = _kinds(definition["pre_tokenizer"]) | _kinds(definition["normalizer"])
     if "ByteLevel" in kinds:
         return decoders.ByteLevel().decode
-    if "Metaspace" in kinds:
-        return decoders.Metaspace().decode
-    return " ".join
+    if model["type"] == "WordPiece":
+        return decoders.WordPiece(prefix=model["continuing_subword_prefix"], cleanup=False).decode
+    if model.get("end_of_word_suffix"):
+        return decoders.BPEDecoder(suffix=model["end_of_word_suffix"]).decode
+    steps: list[Any] = [decoders.ByteFallback()] if model.get("byte_fallback") else []
+    written = _written(backend, "a b")
+    if _SPACE in "".join(written):
+        steps = [decoders.Replace(_SPACE, " "), *steps]
+    elif not any(" " in word for word in written):  # spaces only separate words
+        return " ".join
+    return decoders.Sequence([*steps, decoders.Fuse()]).decode
+
+
+def _written(backend: Any, text: str) -> list[str]:
+    """The words of a text as they reach the model."""
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)
+    if backend.pre_tokenizer is None:
+        return [text]
+    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
 
 
 def _kinds(definition: Any) -> set[str]:
