@@ -239,6 +239,21 @@ def test_long_ids_and_chats_are_cut_too() -> None:
     assert {part.kind for part in parts(long, 100)} == {"chat", "text"}
 
 
+def test_a_long_exchange_is_bounded_and_nothing_of_it_is_lost() -> None:
+    """An agent's chat: the user speaks once, then hundreds of messages follow."""
+    for others in (["assistant"], ["assistant", "tool"]):
+        roles = ["system", "user", *(others[i % len(others)] for i in range(3000))]
+        messages = [{"content": f"{i}" + " word" * 20, "role": role} for i, role in enumerate(roles)]
+        found = list(parts(Document(json.dumps(messages), "chat"), 2000))
+        assert [m for part in found for m in json.loads(part.content)] == messages
+        said = [sum(len(m["content"]) for m in json.loads(part.content)) for part in found]
+        assert max(said) <= 4 * 2000 and min(said[:-1]) > 3 * 2000
+    call = {"role": "assistant", "content": "", "tool_calls": [{"arguments": "x" * 500}]}
+    calls = [{"role": "user", "content": "go"}, *[call] * 200]
+    found = list(parts(Document(json.dumps(calls), "chat"), 2000))
+    assert len(found) > 10 and sum(len(json.loads(part.content)) for part in found) == 201
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
 def test_one_long_document_has_text_for_both_sides_of_the_split(tmp_path: Path, suffix: str) -> None:
     import pyarrow

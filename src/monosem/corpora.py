@@ -70,6 +70,7 @@ COLUMNS = ("text", "messages", "conversations", _BOTH, "input_ids", "tokens")
 """Which is taken where none is named: the first that has something. The pair is one text, or one chat."""
 _LISTS = ("messages", "conversations", "input_ids", "tokens")
 _CHARS_PER_ID = 4
+_LONG_EXCHANGE = 4
 _ROLES = {"human": "user", "gpt": "assistant"}
 """What ShareGPT calls them."""
 _ENDS = ("\n\n", "\n", ". ", "! ", "? ", "\u3002", " ")
@@ -296,14 +297,20 @@ def parts(document: Document, cut: int | None) -> Iterator[Document]:
 
 
 def _chat_parts(messages: list[dict[str, Any]], cut: int) -> Iterator[Document]:
-    """Chats that begin where the user speaks, of whole exchanges; what is too long of one message is text."""
+    """Chats that begin where the user speaks, of whole exchanges, so far as these are not several times too long (an
+    agent at work); what is too long of one message is text.
+    """
     group: list[dict[str, Any]] = []
+    said = 0
     for message in messages:
         first, *more = list(text_parts([message["content"]], cut)) or [""]
-        said = sum(len(m["content"]) for m in group)
-        if message["role"] == "user" and any(m["role"] != "system" for m in group) and said + len(first) > cut:
+        beside = {name: value for name, value in message.items() if name not in ("role", "content")}  # calls of tools
+        size = len(first) + (len(json.dumps(beside)) if beside else 0)
+        most = cut if message["role"] == "user" else _LONG_EXCHANGE * cut
+        if said + size > most and any(m["role"] != "system" for m in group):
             yield _chat(group)
-            group = []
+            group, said = [], 0
+        said += size
         group.append({**message, "content": first})
         for text in more:
             yield Document(text)
