@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -116,6 +117,52 @@ def test_an_honest_command_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_torn_file_is_found_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "silent" in found_in(torn, tmp_path, monkeypatch, range(20), "kill")
+
+
+def without_seals() -> None:
+    """Print what comes of seeds in the config of an autoencoder that `eval` reads; in a process of its own."""
+    from monosem import formats
+
+    jobs.warm()
+    config = "run/autoencoder/config.json"
+    jobs.JOBS = tuple(jobs.BY_NAME[name] for name in ("harvest", "train", "eval"))
+    world = World(Path("world").resolve())
+    world.make()
+    evaluate = jobs.BY_NAME["eval"]
+    campaign.JOBS = (evaluate._replace(needs=(config,), user=(*evaluate.needs, *evaluate.user), resumes=False),)
+    campaign.KINDS = {"damage": 1}
+    found = [[campaign.trial(world, seed).verdict for seed in range(4)]]
+    formats.is_sealed = lambda data: True
+    found.append([campaign.trial(world, seed).verdict for seed in range(4)])
+    print(json.dumps(found))
+
+
+def test_without_seals_damage_is_silent(tmp_path: Path) -> None:
+    with_seals, without = json.loads(python(tmp_path, "-c", "import test_robustness as t; t.without_seals()"))
+    assert with_seals == ["refused"] * 4
+    assert "silent" in without
+
+
+FIRST_SEED, N_TRIALS = 1395, 32
+"""Among which every kind of trial and every command occur."""
+
+
+def test_a_short_campaign_finds_no_fault(tmp_path: Path) -> None:
+    python(tmp_path, "-m", "robustness", "--seed", FIRST_SEED, "--trials", N_TRIALS, "--out", tmp_path / "report")
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    assert report["trials"] == N_TRIALS
+    assert {fault: report["verdicts"][fault] for fault in campaign.FAULTS} == dict.fromkeys(campaign.FAULTS, 0)
+    assert set(report["by_kind"]) == set(campaign.KINDS) and set(report["by_job"]) == set(jobs.BY_NAME)
+
+
+def python(folder: Path, *words: object) -> str:
+    """What Python prints, with the tests and the package at hand; a failure shows all that it said."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, *map(str, words)]
+    found = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout
 
 
 def test_a_seed_is_a_trial(tmp_path: Path) -> None:

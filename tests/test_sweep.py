@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -374,6 +375,15 @@ def test_the_command_trains_and_says_where(store: Path, tmp_path: Path, capsys: 
     assert "topk-n96-k3" in said.err and "finished" in said.err  # the table
     assert cli.main(["sweep", *flags[:4], "--grid", str(tmp_path / "none.json")]) == 2
     assert "none.json does not exist" in capsys.readouterr().err
+
+
+def test_a_changed_row_of_a_finished_run_is_refused(store: Path, whole: SweepConfig, tmp_path: Path) -> None:
+    shutil.copytree(whole.out, tmp_path / "sweep")
+    config = dataclasses.replace(whole, out=str(tmp_path / "sweep"))
+    path = sorted((tmp_path / "sweep/runs").glob("*/metrics.jsonl"))[-1]
+    path.write_bytes(path.read_bytes().replace(b'"step": 1,', b'"step": 2,', 1))
+    with pytest.raises(ValueError, match=rf"{path} is not as the saved state knows it .*a row was changed"):
+        sweep(config)
 
 
 def test_interrupt_saves_all_and_says_how_to_go_on(store: Path, tmp_path: Path) -> None:

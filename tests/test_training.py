@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -245,6 +246,33 @@ def test_interrupt_saves_and_says_how_to_go_on(number: signal.Signals, store: Pa
     )
     latest = json.loads((tmp_path / "run" / "state" / "latest.json").read_text())
     assert latest["step"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda data: data.replace(b'"step": 1', b'"step": 2', 1), "a row was changed"),
+        (lambda data: data + data.splitlines(keepends=True)[-1], "bytes where there were"),
+        (lambda data: b"".join(data.splitlines(keepends=True)[1:]), "bytes where there were"),
+        (lambda data: None, "is gone"),
+    ],
+)
+def test_rows_of_a_finished_run_are_missed(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Callable[[bytes], bytes | None], reason: str
+) -> None:
+    train(configured(store, tmp_path))
+    path = tmp_path / "metrics.jsonl"
+    data = change(path.read_bytes())
+    path.unlink()
+    if data is None:
+        train(configured(store, tmp_path))
+        assert reason in caplog.text
+        return
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"metrics.jsonl is not as the saved state knows it \(.*{reason}"):
+        train(configured(store, tmp_path))
+    shutil.rmtree(tmp_path / "state")  # which nobody needs any more, and which alone knows the rows
+    train(configured(store, tmp_path))
 
 
 def test_resuming_elsewhere_says_that_bits_may_change(

@@ -72,10 +72,16 @@ def load_state(folder: str | Path, device: torch.device) -> tuple[TrainState, di
     return state, facts
 
 
+def saved_facts(folder: str | Path) -> dict[str, Any] | None:
+    """What latest.json says of the newest state, None when nothing was saved; `ValueError` when it is damaged."""
+    path = Path(folder) / "latest.json"
+    return artifacts.read_manifest(path, "training-state") if path.exists() else None
+
+
 def saved_step(folder: str | Path) -> int:
     """The step of the newest state, 0 when nothing was saved."""
-    path = Path(folder) / "latest.json"
-    return artifacts.read_manifest(path, "training-state")["step"] if path.exists() else 0
+    facts = saved_facts(folder)
+    return 0 if facts is None else facts["step"]
 
 
 def _tensors(state: TrainState) -> dict[str, torch.Tensor]:

@@ -138,17 +138,28 @@ class MetricsLog:
             log.warning("%s is gone, and its rows with it; new ones begin another", self.path)
             n_bytes = 0
         rows = found[:n_bytes]
-        if kept is not None and n_bytes and hashlib.sha256(rows).hexdigest() != kept["sha256"]:
-            raise ValueError(
-                f"{self.path} is not as the saved state knows it ({_damage(rows, n_bytes)}); restore it from a copy, "
-                "or move it away to go on without its rows"
-            )
+        if kept is not None and n_bytes:
+            self._check(rows, kept)
         if found != rows:
             temporary = self.path.with_name(f".{self.path.name}.tmp")
             temporary.write_bytes(rows)
             os.replace(temporary, self.path)  # at once: a kill leaves the old rows or the new ones
         self._written, self._digest = 0, hashlib.sha256()
         self._count(rows)
+
+    def check(self, kept: dict[str, Any]) -> None:
+        """`ValueError` unless the rows are those of which the last state says `kept`; a warning where they are gone."""
+        if self.path.exists():
+            self._check(self.path.read_bytes(), kept)
+        elif kept["bytes"]:
+            log.warning("%s is gone, and its rows with it", self.path)
+
+    def _check(self, rows: bytes, kept: dict[str, Any]) -> None:
+        if hashlib.sha256(rows).hexdigest() != kept["sha256"]:
+            raise ValueError(
+                f"{self.path} is not as the saved state knows it ({_damage(rows, kept['bytes'])}); restore it from a "
+                "copy, or move it away to go on without its rows"
+            )
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows, but for a last line that a kill has torn; `ValueError` naming any other line that is no row."""
@@ -170,7 +181,7 @@ class MetricsLog:
 
 def _damage(rows: bytes, n_bytes: int) -> str:
     """What is wrong with rows that are not as they were."""
-    if len(rows) < n_bytes:
+    if len(rows) != n_bytes:
         return f"{len(rows)} bytes where there were {n_bytes}"
     for number, line in enumerate(rows.splitlines(), 1):
         try:

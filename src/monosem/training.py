@@ -23,7 +23,7 @@ from torch import Tensor
 
 from monosem import artifacts, interrupts, kernels, losses, step, variants
 from monosem.activations import ActivationStore
-from monosem.checkpoint import load_state, require_room, save_state
+from monosem.checkpoint import load_state, require_room, save_state, saved_facts
 from monosem.config import TrainConfig, activation_facts, changed_fields, to_dict
 from monosem.logs import MetricsLog, progress
 from monosem.model import Autoencoder, AutoencoderConfig, initial_weights, normalize
@@ -412,7 +412,10 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
 
 def is_finished(wanted: TrainConfig, store: ActivationStore) -> bool:
-    """Whether this very run has released its autoencoder; `ValueError` for the folder of another run, or of no run."""
+    """Whether this very run has released its autoencoder.
+
+    `ValueError` for the folder of another run, or of no run, and where rows of a finished one are not as they were.
+    """
     out, description = Path(wanted.out), _description(wanted, store)
     path, held = out / "train.json", [name for name in _HELD if (out / name).exists()]
     if not path.exists():
@@ -427,7 +430,11 @@ def is_finished(wanted: TrainConfig, store: ActivationStore) -> bool:
         raise ValueError(f"{out} was trained on another store than {wanted.store}; {remedy}")
     if changed := changed_fields(found["config"], description["config"]):
         raise ValueError(f"{out} holds a run with another config ({'; '.join(changed)}); {remedy}")
-    return (out / "autoencoder" / "config.json").exists()
+    if not (out / "autoencoder" / "config.json").exists():
+        return False
+    if (saved := saved_facts(out / "state")) is not None:  # the last state, which was saved after the last row
+        MetricsLog(out / "metrics.jsonl").check(saved["metrics"])
+    return True
 
 
 def begin(config: TrainConfig, store: ActivationStore) -> None:

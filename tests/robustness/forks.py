@@ -60,7 +60,7 @@ def run(
     folder: Path,
     disturbance: Disturbance | None = None,
     surroundings: Surroundings | None = None,
-    timeout_s: float = 60,
+    timeout_s: float = 180,
 ) -> Outcome:
     """`call()` in a process of its own with `folder` as its working folder; a hung one is killed."""
     pipes = {name: os.pipe() for name in ("stdout", "stderr", "events")}  # a limit on files does not meet them

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import tiny
 from robustness import forks
 
-TABLE = Path("results/smollm2-135m-instruct-q4_1/lab/joint/runs.csv").absolute()
+TABLE = Path(__file__).parents[2] / "results/smollm2-135m-instruct-q4_1/lab/joint/runs.csv"
 MODEL = ["--model", "model", "--device", "cpu"]
 HARVEST: dict[str, Any] = {"corpus": "corpus.jsonl", "context-length": 16, "n-tokens": 1500, "n-tokens-held-out": 400}
 HARVEST |= {"held-out-fraction": 0.2, "dtype": "float32", "block-contexts": 8, "shard-blocks": 4}
@@ -81,7 +81,7 @@ def flags(values: dict[str, Any], stage: str = "") -> list[str]:
 _STAGES = [*flags({"model": "model", "device": "cpu", **HARVEST}, "harvest."), *flags(TRAIN, "train.")]
 _EXPLAINED = (*AUTOENCODER, "run/explain")
 
-JOBS = (
+JOBS: tuple[Job, ...] = (
     Job("harvest", ["harvest", "--out", "store", *MODEL, *flags(HARVEST)], (), ("store",), ("model", "corpus.jsonl")),
     Job("train", ["train", "--out", "run", "--store", "store", "--save-every-s", "0", *flags(TRAIN)],
         ("store",), AUTOENCODER),
@@ -137,7 +137,10 @@ def pages() -> int:
     from monosem.viewer.server import application
 
     host = "http://127.0.0.1:8765"
-    site = web.Site(Path("run"), Path("laws"), others=[Path("two")])
+    try:
+        site = web.Site(Path("run"), Path("laws"), others=[Path("two")])
+    except (ValueError, OSError) as error:
+        return _refused(error)
     client = TestClient(application(site), host, headers={"origin": host}, raise_server_exceptions=False)
     answers = {}
     for address in PAGES:
@@ -159,9 +162,14 @@ def convert() -> int:
         values = found.encode(found.normalize(x)[0]).values
         Path("converted.json").write_text(json.dumps([type(found).__name__, *values.shape, float(values.sum())]))
     except (ValueError, OSError) as error:
-        print(f"monosem: error: {' '.join(str(error).split())}", file=forks.sys.stderr)
-        return 2
+        return _refused(error)
     return 0
+
+
+def _refused(error: Exception) -> int:
+    """Told as the command line tells it."""
+    print(f"monosem: error: {' '.join(str(error).split())}", file=forks.sys.stderr)
+    return 2
 
 
 class World:
@@ -282,19 +290,19 @@ def files(folder: Path, names: tuple[str, ...]) -> list[Path]:
     return sorted({p for p in found if p.is_file() and p.name != ".lock"})
 
 
-def snapshot(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
-    """By relative path a digest of each file, without what may differ between two runs."""
-    return {str(path.relative_to(folder)): digest(path) for path in files(folder, names)}
+def snapshot(folder: Path, names: tuple[str, ...], but: frozenset[str] = frozenset()) -> dict[str, str]:
+    """By relative path a digest of each file, without what may differ between two runs and fields named in `but`."""
+    return {str(path.relative_to(folder)): digest(path, but) for path in files(folder, names)}
 
 
-def digest(path: Path) -> str:
-    """Hex sha256 of the file's bytes, or of what it says but for VOLATILE."""
+def digest(path: Path, but: frozenset[str] = frozenset()) -> str:
+    """Hex sha256 of the file's bytes, or of what it says but for VOLATILE and fields named in `but`."""
     data = path.read_bytes()
     try:
         if path.suffix == ".json" and path.name != "answers.json":
-            data = json.dumps(_stable(json.loads(data)), sort_keys=True).encode()
+            data = json.dumps(_stable(json.loads(data), but), sort_keys=True).encode()
         elif path.suffix == ".jsonl":
-            data = b"\n".join(json.dumps(_stable(json.loads(line))).encode() for line in data.splitlines())
+            data = b"\n".join(json.dumps(_stable(json.loads(line), but)).encode() for line in data.splitlines())
         elif path.name == "runs.csv":
             data = _stable_table(data.decode()).encode()
         elif path.suffix in (".html", ".md", ".js"):
@@ -310,11 +318,11 @@ def plain(text: str) -> str:
     return re.sub(r"20\d\d-\d\d-\d\d([T ]\d\d:\d\d(:\d\d)?)?|\b[\d.,]+ (s|seconds|min|hours|h)\b", "", text)
 
 
-def _stable(data: Any) -> Any:
+def _stable(data: Any, but: frozenset[str]) -> Any:
     if isinstance(data, dict):
         rows = {name for name in ("metrics", "rows") if isinstance(data.get(name), dict) and "sha256" in data[name]}
-        return {name: _stable(value) for name, value in data.items() if name not in VOLATILE | rows}
-    return [_stable(value) for value in data] if isinstance(data, list) else data
+        return {name: _stable(value, but) for name, value in data.items() if name not in VOLATILE | rows | but}
+    return [_stable(value, but) for value in data] if isinstance(data, list) else data
 
 
 def _stable_table(text: str) -> str:
