@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from monosem import artifacts, cli, convert, main_job
+from monosem import artifacts, cli, convert, kernels, main_job
 from monosem.activations import harvest
-from monosem.config import EvalConfig, ExplainConfig, HarvestConfig, RunConfig, SweepConfig, TrainConfig
+from monosem.config import EvalConfig, ExplainConfig, HarvestConfig, RunConfig, ServeConfig, SweepConfig, TrainConfig
 from monosem.evals import evaluate
 from monosem.evals import parts as eval_parts
 from monosem.explained import ExplainStore
@@ -27,6 +27,7 @@ from monosem.explanations.entry import explain
 from monosem.model import Autoencoder
 from monosem.sweeps import sweep
 from monosem.training import train
+from monosem.viewer import live, server
 from tiny import D_MODEL, tiny_run
 
 
@@ -252,6 +253,54 @@ def test_a_refused_command_leaves_no_folder(made: Path, tiny_corpus: Path, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_two_things_in_one_folder_are_refused(made: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    (tmp_path / "grid.json").write_text(json.dumps({"base": {"store": str(run / "store")}, "grid": {"k": [2, 3]}}))
+    made_sweep = tmp_path / "sweep"
+    made_sweep.mkdir()
+    artifacts.write_json(made_sweep / "sweep.json", {"kind": "sweep"})
+    before = everything(tmp_path)
+    job = RunConfig(str(run / "store"), harvest=dataclasses.replace(harvesting(made, tiny_corpus, Path()), out=""))
+    wrong: list[Callable[[], Any]] = [
+        lambda: train(training(run / "store", run / "store")),
+        lambda: train(training(run / "store", made_sweep)),
+        lambda: train(training(run / "store", run / "explain")),
+        lambda: harvest(harvesting(made, tiny_corpus, run)),
+        lambda: harvest(harvesting(made, tiny_corpus, made_sweep)),
+        lambda: sweep(SweepConfig(str(run), str(tmp_path / "grid.json"))),
+        lambda: sweep(SweepConfig(str(run / "store"), str(tmp_path / "grid.json"))),
+        lambda: main_job.run(job),
+    ]
+    for call in wrong:
+        with pytest.raises(ValueError, match=r"holds \w+.json of another kind"):
+            call()
+    assert everything(tmp_path) == before
+
+
+def test_serve_looks_at_its_folders_before_it_listens(made: Path, tmp_path: Path) -> None:
+    run, nowhere = str(made / "run"), str(tmp_path / "no/where")
+    with pytest.raises(ValueError, match=r"holds no scaling.json"):
+        server.serve(ServeConfig(run, scaling=nowhere))
+    with pytest.raises(ValueError, match=r"is no folder, .gguf file or hub id"):
+        server.serve(ServeConfig(run, model=nowhere))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_precision_that_the_kernels_lack_is_told_by_the_config(impl: str) -> None:
+    with pytest.raises(ValueError, match="precision=int8 needs impl=native"):
+        training(Path("store"), Path("out"), impl=impl, precision="int8")
+
+
+def test_a_precision_that_the_chosen_kernels_lack_leaves_no_folder(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "native_is_built", lambda: False)
+    with pytest.raises(ValueError, match="impl is torch here"):
+        train(training(made / "run/store", tmp_path / "a/run", precision="int8"))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("stage", ["harvest", "train"])
 def test_too_little_disk_is_told_before_the_work(
     stage: str, made: Path, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -330,6 +379,16 @@ def test_a_subject_that_moved_is_named_by_model(made: Path, tiny_model: Path, tm
         weights.write_bytes(damaged)
         with pytest.raises(ValueError, match="the weights of other are not those"):
             evaluate(evaluation(tmp_path / "run", model=str(other), seed=1))
+        shutil.rmtree(other)
+        shutil.copytree(made / "elsewhere", other)
+        settings = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps({**settings, "transformers_version": "0", "use_cache": False}))
+        assert "kl" in evaluate(evaluation(tmp_path / "run", model=str(other), seed=1))["metrics"]
+        (other / "config.json").write_text(json.dumps({**settings, "layer_norm_epsilon": 0.5, "rms_norm_eps": 0.5}))
+        with pytest.raises(ValueError, match=r"the config.json of other is not the one"):
+            evaluate(evaluation(tmp_path / "run", model=str(other), seed=2))
+        with pytest.raises(ValueError, match="the subject_config of other is not the one"):
+            live.load(str(tmp_path / "run"), model=str(other))
     finally:
         (made / "elsewhere").rename(made / "model")
 

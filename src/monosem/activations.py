@@ -123,7 +123,8 @@ def _is_complete(config: HarvestConfig) -> bool:
 
 
 def _require_own_folder(out: Path) -> None:
-    """`ValueError` where files of a store's names lie that no harvest left: they would be overwritten."""
+    """`ValueError` where files of a store's names lie that no harvest left, or something else than a store."""
+    artifacts.require_no_other(out, KIND, PLAN_KIND)
     if (out / "plan.json").exists():
         artifacts.read_manifest(out / "plan.json", PLAN_KIND)
         return
@@ -281,7 +282,12 @@ def _harvest(configs: list[HarvestConfig]) -> None:
     jobs = [_Job(c, subject, subject.site(c.layer, c.location, c.revision)) for c in configs]
     for job in jobs:
         subject.site_width(job.site)  # a site without activations shows before the text is read
-    sources = {"subject": subject.hash, "tokenizer": subject.tokenizer_hash, "corpus": corpus_hash(config.corpus)}
+    sources = {
+        "subject": subject.hash,
+        "subject_config": subject.config_hash,
+        "tokenizer": subject.tokenizer_hash,
+        "corpus": corpus_hash(config.corpus),
+    }
     for job, plan in zip(jobs, plans, strict=True):
         _go_on(job.out, plan, job.config, sources)
     found, text = _contexts(jobs[0])  # both splits at first: too little text shows before work

@@ -89,6 +89,26 @@ def require_ours(path: str | Path, is_ours: Callable[[Path], bool]) -> None:
         raise ValueError(f"{path} is there and monosem did not make it; choose another name, or move it away")
 
 
+def require_no_other(folder: str | Path, *kinds: str) -> None:
+    """`ValueError` where `folder` holds what another stage made: two things in one folder could not be told apart."""
+    for name, kind in _MARKS:
+        path = Path(folder) / name
+        if kind not in kinds and path.is_file() and says_kind(path, kind):
+            raise ValueError(f"{folder} holds {name} of another kind ({kind}); choose another out")
+
+
+_MARKS = (
+    ("manifest.json", "activation-store"),
+    ("plan.json", "activation-store-plan"),
+    ("train.json", "training-run"),
+    ("sweep.json", "sweep"),
+    ("manifest.json", "explanation"),
+    ("export.json", "site"),
+    ("export.json", "sae-viewer"),
+)
+"""The file that says what a folder is, and the kind that it says."""
+
+
 def says_kind(path: Path, kind: str) -> bool:
     """Whether the file is a manifest of that kind, perhaps a damaged one."""
     return f'"kind": "{kind}"'.encode() in path.read_bytes()

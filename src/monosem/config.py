@@ -181,6 +181,8 @@ class TrainConfig:
                 f"precision={self.precision} has no effect with activation={self.activation}, impl={self.impl} (fp32); "
                 "leave it auto"
             )
+        if self.precision == "int8" and self.impl in ("torch", "triton"):
+            raise ValueError(f"precision=int8 needs impl=native, not {self.impl}; leave one of them auto")
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,7 @@ class StoreSources(Strict):
     subject: str
     tokenizer: str
     corpus: str
+    subject_config: str | UnsetType = UNSET
 
 
 class Store(Manifest, kw_only=True):

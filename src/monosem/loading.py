@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from monosem import artifacts, resources
+from monosem import artifacts, resources, textfiles
 
 CONVERSION_FORMAT = 1
 """Raise when the conversion of GGUF files changes, so that folders converted before are not read any more."""
@@ -235,6 +235,16 @@ def _shards(index: Path) -> list[str]:
 def weights_hash(folder: Path) -> str:
     lines = [f"{path.name} {artifacts.sha256_file(path)}\n" for path in _weight_files(folder)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def config_hash(folder: Path) -> str:
+    """sha256 of config.json, by which the same weights give other activations, without what says only who wrote it."""
+    config = json.loads(textfiles.read_text(folder / "config.json"))
+    told = {name: value for name, value in config.items() if name not in _OF_THE_WRITER}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+_OF_THE_WRITER = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

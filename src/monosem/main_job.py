@@ -21,6 +21,7 @@ from monosem.config import RunConfig, to_dict
 from monosem.evals import Shared, evaluate
 from monosem.evals.parts import check_tasks
 from monosem.torch_state import pinned
+from monosem.training import KIND as TRAINING
 from monosem.training import train
 
 log = logging.getLogger("monosem")
@@ -37,6 +38,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     out = Path(config.out)
     if not (out / "train.json").exists():  # before the hours: what others made is not overwritten
         artifacts.require_ours(out / "run.json", lambda path: artifacts.says_kind(path, "run"))
+    artifacts.require_no_other(out, TRAINING)
     shared = Shared()
     if config.eval.suite != "basic" and not (out / "eval.json").exists():
         check_tasks(config.eval, shared)  # before the hours

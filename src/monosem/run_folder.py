@@ -145,6 +145,7 @@ def check_subject(subject: Subject, store: ActivationStore) -> None:
     for source, found, differ in (
         ("tokenizer", subject.tokenizer_hash, f"the tokenizer of {subject.name} is not the one"),
         ("subject", subject.hash, f"the weights of {subject.name} are not those"),
+        ("subject_config", subject.config_hash, f"the config.json of {subject.name} is not the one"),
     ):
-        if found != store.manifest["sources"][source]:
+        if store.manifest["sources"].get(source, found) != found:
             raise ValueError(f"{differ} that {store.path} was made with; restore the model or harvest the store again")

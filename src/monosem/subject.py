@@ -150,6 +150,11 @@ class Subject:
             raise ValueError(f"{self._folder} was changed after it was converted; delete it, and it is made again")
         return found
 
+    @cached_property
+    def config_hash(self) -> str:
+        """sha256 of the model's config.json, without what says only who wrote it."""
+        return loading.config_hash(self._folder)
+
     def site(self, layer: int | None = None, location: str = "resid_post_mlp", revision: str | None = None) -> Site:
         """The site at a 0-based layer, default ceil(0.75 L) - 1: three quarters in (Gao et al. 2024, section 1).
 

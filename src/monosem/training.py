@@ -42,7 +42,7 @@ SELECTION_TOKENS = 16_384
 _LOGGED_STATS = ("recall", "n_saturated")
 """Of what kernels count, what metrics.jsonl keeps."""
 
-_KIND = "training-run"
+KIND = "training-run"
 _HELD = ("metrics.jsonl", "state", "autoencoder")
 """What a run that has taken a step leaves beside train.json."""
 AUDITED_ROWS = 32
@@ -63,6 +63,7 @@ def train(config: TrainConfig) -> Autoencoder:
         if not getattr(config, name):
             raise ValueError(f"{name} is empty; give a folder")
     out = Path(config.out)
+    artifacts.require_no_other(out, KIND)
     store = ActivationStore.open(config.store)
     if is_finished(config, store):  # read without a lock, where nothing may be writable
         log.info("%s is already trained with this config; skipped", out)
@@ -139,6 +140,8 @@ class Run:
         self.out, self.config, self.supply = Path(config.out), config, supply
         self.store, self.device = supply.store, supply.device
         self.impl, self.kernel = kernels.select(config.impl, supply.device)
+        if config.precision == "int8" and self.impl != "native":
+            raise ValueError(f"precision=int8 needs impl=native, and impl is {self.impl} here; leave precision auto")
         self.metrics = MetricsLog(self.out / "metrics.jsonl")
         self.started = time.monotonic()
         self.threads = torch.get_num_threads()
@@ -419,7 +422,7 @@ def is_finished(wanted: TrainConfig, store: ActivationStore) -> bool:
         if held:
             raise ValueError(f"{out} holds {' and '.join(held)}, but no train.json of a run; choose another --out")
         return False
-    found = artifacts.read_manifest(path, _KIND)
+    found = artifacts.read_manifest(path, KIND)
     if not held:  # a run which never took a step
         return False
     remedy = f"choose another --out, or delete metrics.jsonl, state and autoencoder in {out} to train anew"
@@ -442,7 +445,7 @@ def begin(config: TrainConfig, store: ActivationStore) -> None:
 
 
 def _description(config: TrainConfig, store: ActivationStore) -> dict[str, Any]:
-    return artifacts.manifest(_KIND, identity(config), {"store": store.hash})
+    return artifacts.manifest(KIND, identity(config), {"store": store.hash})
 
 
 def _one_line(recipe: step.Recipe) -> str:

@@ -102,6 +102,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     for name in ("out", "grid"):
         if not getattr(config, name):
             raise ValueError(f"{name} is empty; give a folder for out, a JSON file for grid")
+    artifacts.require_no_other(config.out, _KIND)
     asked = grid.runs(config)
     if (found := _Sweep(config, asked, threading.Event()).finished()) is not None:  # read without a lock
         log.info("all runs of %s are already finished; skipped", config.out)

@@ -84,7 +84,12 @@ def load(run: str, device: str = "auto", model: str | None = None) -> Live:
         raise ValueError(f"the autoencoder of {run} does not say of which site it is; no text can be tried on it")
     site, harvest = Site(**provenance["site"]), provenance.get("harvest", {})
     subject = run_folder.load_subject(site, "float32", device, model)
-    for source, found in (("tokenizer", subject.tokenizer_hash), ("subject", subject.hash)):
+    hashes = {
+        "tokenizer": subject.tokenizer_hash,
+        "subject": subject.hash,
+        "subject_config": subject.config_hash,
+    }
+    for source, found in hashes.items():
         if provenance.get("sources", {}).get(source) not in (None, found):
             raise ValueError(f"the {source} of {subject.name} is not the one {run} was trained with; restore the model")
     first = 0 if harvest.get("keep_first_token") else 1

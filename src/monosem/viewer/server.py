@@ -103,8 +103,14 @@ async def _plotly(request: Request) -> Response:
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve until interrupted. `ValueError` when the folder holds no run or the port is taken."""
+    """Serve until interrupted. `ValueError` when a folder does not hold what it is given for or the port is taken."""
     scaling_folder = Path(config.scaling) if config.scaling is not None else None
+    if scaling_folder is not None and not (scaling_folder / "scaling.json").is_file():
+        raise ValueError(f"{scaling_folder} holds no scaling.json; give the folder of monosem scale")
+    if config.model is not None:
+        from monosem import loading
+
+        loading.locate(config.model, None)  # its hash is checked when it is loaded, for the first live page
     others = [Run(Path(other)).folder for other in config.others]
     site = Site(Path(config.run), scaling_folder, others=others, read_only=config.read_only, model=config.model)
     with _listening(config.port) as listener:
