@@ -455,3 +455,6 @@ def test_a_part_of_an_explanation_that_fails_leaves_the_others(
     assert found.manifest["failed"] == {} and "n2g_recall" in found
     with contextlib.closing(__import__("sqlite3").connect(found.folder / "words.sqlite")) as words:
         assert words.execute("SELECT count(*) FROM latents WHERE explanation != ''").fetchone()[0] == 2
+    (found.folder / "ablation_up.npy").unlink()
+    (found.folder / "ablation_up.npy").mkdir()  # the last part that is made anew cannot be: that is kept as well
+    assert "ablation_up.npy is a folder" in explain(asked).manifest["failed"]["ablations"]

@@ -296,7 +296,7 @@ def _broken(found: Outcome, before: dict[str, bytes | None], world: World, job: 
     """A hang, a traceback, a death by signal, or something lost that was not the command's to change."""
     if found.hung:
         return "hang", f"still running after {TIMEOUT_S} s"
-    if _traceback(found) or found.code < 0 or found.code == 1:
+    if _traceback(found) or found.code < 0 or (found.code == 1 and not _failed_in_part(found)):
         return "traceback", f"{found.code}: {found.stderr[-1200:]}"
     gone = [name for name, data in before.items() if _bytes(world.trial / name) != data]
     return ("lost", f"changed or gone: {', '.join(gone)[:300]}") if gone else None
@@ -313,6 +313,8 @@ def _kept(world: World, job: Job) -> dict[str, bytes | None]:
 
 def _refusal(found: Outcome, path: Path | None, world: World, *, names: bool = True) -> tuple[str, str]:
     """Exit code 2 and one line, which names the file (or its folder), is as it should be."""
+    if lines := _failed_in_part(found):
+        return "refused", lines[0][:300]
     lines = [line for line in found.stderr.splitlines() if "monosem: error:" in line]
     if found.code != 2 or len(lines) != 1:
         return "traceback", f"exit code {found.code} without a line that says why: {found.stderr[-600:]}"
@@ -321,6 +323,11 @@ def _refusal(found: Outcome, path: Path | None, world: World, *, names: bool = T
         if not any(name in lines[0] for name in known):
             return "refused", f"without naming {path.name}: {lines[0][:300]}"
     return "refused", lines[0][:300]
+
+
+def _failed_in_part(found: Outcome) -> list[str]:
+    """The lines that go with exit code 1: a part failed, and the rest is done."""
+    return [line for line in found.stderr.splitlines() if found.code == 1 and re.search(r"^\w+ failed: ", line)]
 
 
 def _pages(world: World, path: Path) -> tuple[str, str]:

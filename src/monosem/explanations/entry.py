@@ -73,7 +73,7 @@ def explain(config: ExplainConfig) -> ExplainStore:
                 if name not in _OPTIONAL:
                     raise
                 kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-                job.failed[name] = " ".join(f"{kind}{error}".split())
+                job.fail(name, " ".join(f"{kind}{error}".split()))
                 log.error("%s failed: %s; the same command tries it again", name, job.failed[name])
                 log.debug("%s failed", name, exc_info=True)
                 continue

@@ -110,6 +110,11 @@ class Job:
         self.computed[part] = made
         self._write()
 
+    def fail(self, part: str, reason: str) -> None:
+        """Remember that the part could not be made, also where none is made after it."""
+        self.failed[part] = reason
+        self._write()
+
     def _write(self) -> None:
         store = self.store
         settings = {name: value for name, value in to_dict(self.config).items() if name not in _MAY_CHANGE}
