@@ -329,6 +329,7 @@ def test_activations_that_are_not_finite_are_told_on_a_line_of_their_own(
     shutil.copytree(tiny_model, tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"][3] = 3e38  # finite, but what it gives is not
+    tensors["model.embed_tokens.weight"][0] = 0  # but for the token with which a model is tried
     save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     flags = ["--model", tmp_path / "model", "--corpus", tiny_corpus, *SMALL_HARVEST]
     said = told(capsys, "harvest", "--out", tmp_path / "store", *flags)
