@@ -196,7 +196,8 @@ def made_run(folder: Path, activations: ActivationStore, **provenance: object) -
 
 def test_evaluate_reports_every_number_with_n_and_interval(store: ActivationStore, tmp_path: Path) -> None:
     report = evaluate(made_run(tmp_path, store))
-    assert set(report) == {"run", "metrics", "histograms", "tables"}
+    assert set(report) == {"run", "metrics", "histograms", "tables", "left_out", "failed"}
+    assert report["left_out"] == report["failed"] == {}
     assert list(report["metrics"]) == [
         "normalized_mse", "normalized_mse_train", "explained_variance", "normalized_mse_raw", "l0", "cosine",
         "never_fired_fraction", "dead_fraction",

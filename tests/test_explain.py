@@ -275,7 +275,8 @@ def test_probes_come_from_the_evaluation_of_the_same_autoencoder(run: Path, tmp_
     rows = [("b", 3, 0.5), ("a", 3, 0.25), ("a", 7, 0.125)]
     table = [{"task": task, "latent": latent, "probe_loss": loss} for task, latent, loss in rows]
     sources = first.manifest["sources"]
-    part = artifacts.manifest("evaluation-part", {}, sources, metrics={}, tables={"tasks": table}, seconds=1.0)
+    made = {"metrics": {}, "tables": {"tasks": table}, "left_out": {}, "seconds": 1.0}
+    part = artifacts.manifest("evaluation-part", {}, sources, **made)
     write_json(tmp_path / "run" / "eval" / "probes.json", part)
     second = explain(config)
     best, task = second.column("probe_best"), second.column("probe_task")
