@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,6 +77,9 @@ def is_loopback(host: Any) -> bool:
 
 sys.addaudithook(refuse_network)
 jaxtyping.install_import_hook([f"monosem.{module}" for module in SHAPED], f"{__name__}.typechecked")
+# Tests and their processes hear these also where they run in the background or under nohup.
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGTERM", signal.SIG_DFL), ("SIGHUP", signal.SIG_DFL)):
+    signal.signal(getattr(signal, name), handler)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
