@@ -24,7 +24,8 @@ NAMES = (
     *("progressive_kl_k1", "progressive_kl_k4", "progressive_kl_threshold", "progressive_l0_threshold"),
     *("refined_normalized_mse", "unrefined_normalized_mse", "ablation_sparsity", "ablation_sparsity_channels"),
 )
-SETTINGS = {k: v for k, v in to_dict(EvalConfig(run="", suite="quick")).items() if k not in ("run", "store", "device")}
+NOT_KEPT = ("run", "store", "device", "model")
+SETTINGS = {k: v for k, v in to_dict(EvalConfig(run="", suite="quick")).items() if k not in NOT_KEPT}
 EVIL = "<img src=x onerror=alert(1)>|&"
 
 
@@ -59,7 +60,7 @@ def evaluation(folder: Path, n_latents: int = 64, k: int = 4, value: float = 0.2
     found = artifacts.manifest(
         report.KIND, SETTINGS, {"autoencoder": "0" * 64, "store": "0" * 64},
         run={**facts, "n_latents": n_latents, "k": k},
-        metrics=metrics, histograms={"density_log10": density}, tables=tables,
+        metrics=metrics, histograms={"density_log10": density}, tables=tables, left_out={}, failed={},
     )  # fmt: skip
     artifacts.write_json(folder / "eval.json", found)
     return str(folder)
